@@ -3,9 +3,9 @@
 #
 #   scripts/bare_debian.sh [DIRECTORY [RELEASE]]
 #
-# Only packages that README names are added to the smallest Debian: a compiler and Python. So the script finds
-# out whether nplora silently needs more. RELEASE is trixie if none is given. Needs root, Debian's package
-# `debootstrap`, and `build` in Python. DIRECTORY keeps the new system: a second run is faster.
+# To the smallest Debian, the script adds certificates and the packages that README names: a compiler and
+# Python. So it finds out whether nplora silently needs more. RELEASE is trixie if none is given. Needs root,
+# Debian's package `debootstrap`, and the Python package `build`. DIRECTORY keeps the new system: a second run is faster.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +25,7 @@ if [ "${1:-}" != --inside ]; then
   cp "$place"/dist/*.tar.gz "$root/sdist"
   tar -xzf "$root"/sdist/*.tar.gz --strip-components=1 -C "$root/source"
   cp scripts/bare_debian.sh "$root/inside.sh"
-  # How this machine reaches package indexes.
+  # What this machine needs to reach package indexes.
   cp /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
   [ ! -e /etc/resolv.conf ] || cp /etc/resolv.conf "$root/etc/"
   exec unshare --mount --pid --fork bash -c '

@@ -3,8 +3,8 @@
 #
 #   scripts/same_bits.sh [DIRECTORY]
 #
-# The second time, all is different that must not matter: the directory, the user's mask for new files, the
-# time zone, the language and the age of the files. The second build starts from the first source
+# The second build differs in everything that must not change the bytes: the directory, the user's mask for new
+# files, the time zone, the language and the age of the files. The second build starts from the first source
 # distribution, so its wheel is the one that users compile. Needs git, a C++ compiler, and Python with pip and
 # venv, which gets the other tools from PyPI.
 set -euo pipefail
@@ -22,7 +22,8 @@ mkdir -p "$place"/{first,second}
 export PATH=$place/tools/bin:$PATH
 
 # build DIRECTORY OUTPUT: the source distribution, the wheel, and on Linux the wheel as it is published.
-# auditwheel keeps the mask in the modes of directories, so it gets the one that pyproject.toml sets.
+# The user's mask would change the modes of the wheel's directories, so auditwheel gets the mask of
+# pyproject.toml.
 build() {
   python -m build -q --sdist --outdir "$2" "$1"
   pip wheel -q --no-deps --wheel-dir "$2" -C cmake.define.NPLORA_OPENMP=OFF "$1"

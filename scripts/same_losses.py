@@ -22,7 +22,7 @@ from small_llama import save_small_llama  # noqa: E402
 
 STORAGES = ["float32", "bfloat16", "q8_0", "q4_1"]
 STEPS, TOKENS = 20, 48
-MOST = 1e-5  # the loss of tests/lm/test_torch.py may differ as much
+MOST = 1e-5  # the tolerance of the loss in tests/lm/test_torch.py
 PROCESSOR = {"amd64": "x86_64", "arm64": "aarch64", "wasm32": "x86_64"}
 
 
@@ -45,13 +45,13 @@ def main() -> None:
     others = np.load(sys.argv[2])
     other_arithmetic = str(others["arithmetic"])
     most = 0.0 if arithmetic == other_arithmetic else MOST
-    print(f"{arithmetic} and {other_arithmetic}: the losses may differ by {most}")
+    print(f"{arithmetic} and {other_arithmetic}: the losses may differ by at most {most:g}")
     different = []
     for storage, values in found.items():
         difference = np.abs(values - others[storage])
         equal = int((values == others[storage]).sum())
         print(
-            f"{storage}: loss {values[0]:.4f} to {values[-1]:.4f} in {STEPS} steps, {equal} of them equal; "
+            f"{storage}: loss {values[0]:.4f} to {values[-1]:.4f}; equal in {equal} of {STEPS} steps; "
             f"the largest difference is {difference.max():.1e}"
         )
         if not (difference <= most).all():  # also if a loss is NaN

@@ -87,9 +87,10 @@ using FaultMessage = std::string_view (*)(uintptr_t address);
 
 // After this call, a failed read of a mapped file calls `find` with the address of the failed read. If `find`
 // returns an empty text, the failure is handled as it would be without this call. If `find` returns a
-// message, three things happen: the message is written to stderr, the handler that was installed before is
-// called, and the process ends with status kFaultStatus. Call this function again before each new mapping,
-// because other code may have restored an older handler, as faulthandler.disable() does.
+// message, it is written to stderr, and the process ends with status kFaultStatus. On Linux and macOS, the
+// handler that was installed before is called in between. Call this function again before each new mapping,
+// because other code may have restored an older handler, as faulthandler.disable() does. In WebAssembly, this
+// function does nothing.
 void explain_faults(FaultMessage find);
 
 inline constexpr int kFaultStatus = 135;  // 128 + SIGBUS on Linux; other systems use the same value

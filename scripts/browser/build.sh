@@ -8,11 +8,11 @@
 # 20 minutes to compile, so that later runs compile only what changed in nplora.
 #
 # Needs Debian 13's packages emscripten (3.1.69), nodejs, npm and unzip, and CPython 3.12 with its headers.
-# PYTHON names another command than python3.12.
+# Set PYTHON if CPython 3.12 has another command than python3.12.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-mkdir -p "${1:?which directory keeps the files?}"
+mkdir -p "${1:?expected CACHE, a directory for the files}"
 cache=$(cd "$1" && pwd)
 pyodide=0.27.7 abi=2024.0 numpy=2.0.2
 tag=cpython-312-wasm32-emscripten
@@ -42,8 +42,9 @@ if [ ! -e "$cache/include" ]; then
   PYODIDE_ROOT=/ python scripts/browser/headers.py "$cache"/sysconfig/_sysconfigdata*.py "$cache/include"
 fi
 
-# Compilers with these headers, which link an extension module as Pyodide loads it: a side module that exports
-# its PyInit function. A build system that asks the Python of this machine adds that Python's headers.
+# These wrappers of the compilers link an extension module as Pyodide loads it: a side module that exports its
+# PyInit function. A build system adds the headers of this machine's Python, which the wrappers replace with
+# Pyodide's.
 headers=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')
 mkdir -p "$cache/tools"
 for tool in emcc em++; do

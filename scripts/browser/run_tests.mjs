@@ -1,4 +1,4 @@
-// Runs pytest, or same_losses.py, in Pyodide: in node, or in a browser (in_chromium.mjs). test.sh lays the files.
+// Runs pytest, or same_losses.py, in Pyodide: in node, or in a browser (in_chromium.mjs). test.sh prepares the files.
 const PROGRAMS = {
   tests: "int(__import__('pytest').main(['-p', 'no:cacheprovider', '--color=no', *arguments]))",
   losses: `
@@ -38,7 +38,7 @@ if (typeof process === "object" && process.argv[1]?.endsWith("run_tests.mjs")) {
   try {
     process.exitCode = await run(loadPyodide, directory, read, console.log, program, pytestArguments);
   } catch (error) {
-    console.error(error.message); // without the line of JavaScript, which is all of Pyodide
+    console.error(error.message); // node would also print the line of JavaScript, which is all of Pyodide
     process.exitCode = 1;
   }
 }

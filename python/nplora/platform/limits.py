@@ -3,10 +3,9 @@
 That process runs renderer.py. To start fast, renderer.py imports this module by its file path, without
 importing the package nplora.
 
-Linux can limit the memory and the CPU time of a process. macOS can limit only the time, and Windows can limit
-neither. The parent process enforces the limits that the system cannot enforce (see `watched`). For these
-limits, the parent checks every few milliseconds what the rendering process has used, and ends the rendering
-process if it exceeds a limit.
+On Linux, the process limits its own memory and CPU time; on macOS, only its time; on Windows, neither. The
+parent process enforces the other limits (see `watched`). For these limits, the parent checks every few
+milliseconds what the rendering process has used, and ends the rendering process if it exceeds a limit.
 """
 
 from __future__ import annotations

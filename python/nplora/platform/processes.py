@@ -50,7 +50,7 @@ def start_apart(arguments: list[str], **options: Any) -> subprocess.Popen[bytes]
         flags = subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW
         try:
             return subprocess.Popen(arguments, creationflags=flags, **options)
-        except OSError as error:  # without the program's name
+        except OSError as error:  # add the name of the program
             raise type(error)(error.errno, error.strerror, arguments[0], error.winerror) from None
     return subprocess.Popen(arguments, start_new_session=True, **options)
 

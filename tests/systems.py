@@ -10,6 +10,7 @@ import re
 import shlex
 import signal
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from nplora.platform import files
 
 IS_WINDOWS = sys.platform == "win32"
 IS_BROWSER = sys.platform == "emscripten"
+# musl's malloc gives freed memory back to the system at once, so each new array has new pages.
+HAS_MUSL = "musl" in str(sysconfig.get_config_var("SOABI"))
 IS_WINE = IS_WINDOWS and hasattr(ctypes.windll.ntdll, "wine_get_version")  # type: ignore[attr-defined]
 
 _TESTS = Path(__file__).parent

@@ -3,13 +3,14 @@
 #
 #   scripts/browser/test.sh CACHE [node|chromium [ARGUMENT OF PYTEST...]]
 #
-# Without arguments of pytest, the fast tests in the folders that need no threads, processes or sockets run.
-# pytest prints why it skips a test. In node, small models are also trained both natively and in Pyodide, and
-# the losses compared; for that, PYTHON (python3) must have nplora. Chromium is Debian's package chromium.
+# Without arguments of pytest, the script runs the fast tests in the folders that need no threads, processes or
+# sockets. pytest prints why it skips a test. In node, small models are also trained both natively and in
+# Pyodide, and their losses are compared; for that, PYTHON (python3) must have nplora. CHROMIUM
+# (/usr/bin/chromium) is Debian's package chromium or chromium-headless-shell.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-cache=$(cd "${1:?the directory of build.sh}" && pwd)
+cache=$(cd "${1:?expected CACHE, the directory of build.sh}" && pwd)
 where=${2:-node}
 page=$cache/page
 arguments=("${@:3}")

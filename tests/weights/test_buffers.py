@@ -268,7 +268,8 @@ print(_core.allocations() - allocated, faults() - faulted)
 """)
     allocated, faulted = map(int, out)
     assert allocated == 0
-    assert faulted < 64  # pages; a new y of 1000 tokens alone has 500
+    if not systems.HAS_MUSL:
+        assert faulted < 64  # pages; a new y of 1000 tokens alone has 500
 
 
 def test_factors_made_side_by_side_share_two_buffers_of_zeros():

@@ -45,7 +45,7 @@ class _Line(NamedTuple):
             try:
                 rest = rest[os.write(self.writer, rest) :]
             except OSError as error:
-                if processes.is_broken_pipe(error):
+                if processes.is_broken_pipe(error):  # on Windows, it may be another OSError
                     raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
                 raise
 

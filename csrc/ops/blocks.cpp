@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <bit>
-#include <charconv>
+#include <cstdio>
+#include <cstdlib>
 #include <limits>
 #include <stdexcept>
 #include <string>
@@ -46,9 +47,15 @@ bool within(size_t n, const float* x, uint32_t limit) {
   return most <= limit;
 }
 
+// The shortest digits that round to x. The tables of std::to_chars would make a wheel 70 KB larger if it
+// contains the C++ library.
 std::string text(float x) {
   char digits[32];
-  return {digits, std::to_chars(digits, digits + sizeof digits, x).ptr};
+  for (int precision = 6; precision <= 9; ++precision) {
+    std::snprintf(digits, sizeof digits, "%.*g", precision, double{x});
+    if (std::strtof(digits, nullptr) == x) break;
+  }
+  return digits;
 }
 
 }  // namespace

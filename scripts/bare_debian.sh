@@ -4,8 +4,9 @@
 #   scripts/bare_debian.sh [DIRECTORY [RELEASE]]
 #
 # The script installs the smallest Debian, certificates, and the packages that README names: a compiler and
-# Python. This shows whether nplora needs more. RELEASE is trixie if none is given. Needs root, Debian's package
-# `debootstrap`, and the Python package `build`. DIRECTORY keeps the new system: a second run is faster.
+# Python. This shows whether nplora needs more. RELEASE is trixie if none is given. Needs root, Debian's
+# package `debootstrap`, and the Python package `build`. DIRECTORY keeps the new system: a second run is
+# faster.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -3,9 +3,9 @@
 #
 #   scripts/free_threaded.sh CACHE
 #
-# The script compiles Debian's source of Python 3.13 twice, the second time with ThreadSanitizer, and keeps both
-# in CACHE. nplora is compiled with ThreadSanitizer too, but NumPy is a wheel, so races inside NumPy are not
-# found.
+# The script compiles Debian's source of Python 3.13 twice, the second time with ThreadSanitizer, and keeps
+# both in CACHE. nplora is compiled with ThreadSanitizer too, but NumPy is a wheel, so races inside NumPy are
+# not found.
 #
 # Needs Debian's packages build-essential, curl, xz-utils, python3-venv, clang-19, libclang-rt-19-dev,
 # libssl-dev, libffi-dev and zlib1g-dev.

@@ -3,10 +3,10 @@
 #
 #   scripts/same_bits.sh [DIRECTORY]
 #
-# The second build differs in everything that must not change the bytes: the directory, the user's mask for new
-# files, the time zone, the language and the age of the files. The second build starts from the first source
-# distribution, so its wheel is the one that users compile. Needs git, a C++ compiler, and Python with pip and
-# venv, which gets the other tools from PyPI.
+# The second build differs in everything that must not change the bytes: the directory, the user's mask for
+# new files, the time zone, the language and the age of the files. The second build starts from the first
+# source distribution, so its wheel is the one that users compile. Needs git, a C++ compiler, and Python with
+# pip and venv, which gets the other tools from PyPI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,5 +1,5 @@
-// Runs pytest, or same_losses.py, in Pyodide: in node, or in a browser (in_chromium.mjs). test.sh prepares the
-// files.
+// Runs pytest, or same_losses.py, in Pyodide: in node, or in a browser (in_chromium.mjs). test.sh prepares
+// the files.
 const PROGRAMS = {
   tests: "int(__import__('pytest').main(['-p', 'no:cacheprovider', '--color=no', *arguments]))",
   losses: `

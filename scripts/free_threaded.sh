@@ -22,7 +22,7 @@ still=()
 if setarch -R true 2>/dev/null; then still=(setarch -R); fi
 
 # interpreter KIND OPTION...: prints the path of the interpreter. Compiles it first if it does not exist.
-# Compiling the standard library to .pyc files would take half of the time, so "-x ." skips it.
+# Compiling the standard library to .pyc files takes long, so -l leaves out its folders.
 interpreter() {
   local place=$cache/$1-$name build=$cache/build-$1-$name
   if [ ! -e "$place/ready" ]; then
@@ -31,7 +31,7 @@ interpreter() {
       cd "$build" &&
         "${still[@]}" "$source/configure" -q --prefix="$place" --disable-gil "${@:2}" &&
         "${still[@]}" make -s -j "$(nproc)" &&
-        "${still[@]}" make -s altinstall COMPILEALL_OPTS="-x ."
+        "${still[@]}" make -s altinstall COMPILEALL_OPTS=-l
     ) >"$build.log" 2>&1 || { tail -n 20 "$build.log" >&2; exit 1; }
     touch "$place/ready"
   fi

@@ -52,8 +52,8 @@ printf '\n== CPython\n'
 source=$(scripts/debian_source.sh "$cache" cpython)
 place=$cache/musl-$architecture-$(basename "$source")
 
-# compile NAME OPTION...: compiles a source of debian_source.sh in a copy, and installs it for musl. "-x ."
-# skips the .pyc files of Python.
+# compile NAME OPTION...: compiles a source of debian_source.sh in a copy, and installs it for musl. -l leaves
+# out the .pyc files of the standard library's folders.
 compile() (
   copy=$cache/build-$1
   source=$(scripts/debian_source.sh "$cache" "$1")
@@ -63,7 +63,7 @@ compile() (
   export PKG_CONFIG=false CFLAGS='-O2 -fPIC' CPPFLAGS=-I$place/include LDFLAGS=-L$place/lib
   {
     { [ -e configure ] || autoreconf -fi; } && ./configure --prefix="$place" "${@:2}" &&
-      make -s -j "$(nproc)" install COMPILEALL_OPTS='-x .'
+      make -s -j "$(nproc)" install COMPILEALL_OPTS=-l
   } >"$cache/make.log" 2>&1 || { tail -n 20 "$cache/make.log" >&2; exit 1; }
 )
 

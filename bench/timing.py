@@ -127,6 +127,11 @@ class Runtimes:
             print(f"\nother programs took {busy / total:.0%} of the CPUs: do not quote these figures", end="")
         return result
 
+    def restart(self) -> None:
+        """End all processes. New ones start on next use."""
+        _end_lanes()
+        _lanes.clear()
+
     def _ask(self, runtime: str, question: tuple[Any, ...]) -> Any:
         lane = runtime, self.threads if runtime != "nplora" else 1
         if lane not in _lanes:

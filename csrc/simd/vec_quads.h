@@ -25,7 +25,7 @@ typedef int32_t UnalignedInts __attribute__((vector_size(4 * kIntLanes), aligned
 typedef int8_t LaneCodes __attribute__((vector_size(kIntLanes)));
 
 inline Vec<float> all_lanes(float x) {
-  return {decltype(Vec<float>::v){} + x};
+  return {x - decltype(Vec<float>::v){}};  // see broadcast_eight in vec_sub_blocks.h
 }
 inline LaneInts broadcast_int(int32_t x) {
   return LaneInts{} + x;

@@ -35,8 +35,9 @@ inline Eight load_eight(const float* p) {
   return e;
 }
 
+// x - 0 is x, but x + 0 is not, if x is -0. So a compiler leaves out only the subtraction.
 inline Eight broadcast_eight(float x) {
-  return Eight{} + x;
+  return x - Eight{};
 }
 inline Eight to_floats(EightInts sums) {
   return __builtin_convertvector(sums, Eight);

@@ -248,7 +248,8 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
 #pragma GCC unroll 4
       for (size_t t = 0; t < kTokens; ++t) {
         const size_t first = t * sub_blocks + sub_block;
-        const auto scales = codes.a * Factors::load(x.scales + first);
+        auto scales = codes.a * Factors::load(x.scales + first);
+        if constexpr (requires { keep(scales.v); }) keep(scales.v);
         if constexpr (Codes<Block>::kHasMinimum)
           minima[r][t] = minima[r][t] + codes.b * MinimaOf<Block>::sums(x, first);
 #pragma GCC unroll kUnrolledSubBlocks

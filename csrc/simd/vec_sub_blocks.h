@@ -39,6 +39,12 @@ inline Eight load_eight(const float* p) {
 inline Eight broadcast_eight(float x) {
   return x - Eight{};
 }
+// Keeps `v` in a register. Clang would otherwise compute its lanes one by one if each lane is used alone.
+inline void keep([[maybe_unused]] Eight& v) {
+#if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
+  __asm__("" : "+v"(v));
+#endif
+}
 inline Eight to_floats(EightInts sums) {
   return __builtin_convertvector(sums, Eight);
 }

@@ -1,14 +1,15 @@
 """Builds of the extension against each other, for example those of two compilers.
 
-Usage: python -m bench.builds REFERENCE=FILE OTHER=FILE... [--threads N] [--only PART...] [--rounds N]
+Usage: python -m bench.builds REFERENCE=FILE OTHER=FILE... [--threads N] [--only PART...] [--match TEXT]
+       [--rounds N] [--runs N]
 
 FILE is a compiled _core. Each ratio is the time of the reference divided by that of the other build, in the
 same turn: 0.95 means that the other build has 95 % of the reference's speed. NPLORA_ISA chooses the
 instruction set of all builds.
 
-A process can be slower than another with the same file, for as long as it lives, because of the addresses of
-its memory. So a race with a slow cell is run again, several times, each time in new processes; its figures
-are the medians. Name a copy of the reference as a further build, and see how far from 1 equal builds are.
+Two processes with the same file can differ in speed, perhaps because their memory has other addresses. So
+each race can run several times, each time in new processes, and the medians are printed. To see how much
+equal builds differ, name the file of the reference a second time: `same=FILE`.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from bench import bench_lora_step, bench_lowbit, bench_product, bench_train, ben
 from bench.timing import Calls, Contestant, Runtimes, on_threads
 
 SLOW = 0.95  # slower cells are listed
-DOUBTFUL = 0.97  # a race with a slower cell is run again
 BATCHES = (8, 128, 512)  # of products
 
 
@@ -111,16 +111,15 @@ def ratios(
     return {(name, cell): result.ratio((reference, cell), (name, cell)) for name in others for cell in cells}
 
 
-def checked_ratios(
-    runtimes: Runtimes, builds: dict[str, str], race: Race, rounds: int, again: int
+def medians(
+    runtimes: Runtimes, builds: dict[str, str], race: Race, rounds: int, runs: int
 ) -> dict[tuple[str, str], float]:
-    """The same; if one is doubtful, medians of this run and `again` more, each in new processes."""
-    runs = [ratios(runtimes, builds, race, rounds)]
-    if min(runs[0].values()) < DOUBTFUL:
-        for _ in range(again):
-            runtimes.restart()
-            runs.append(ratios(runtimes, builds, race, rounds))
-    return {key: median(run[key] for run in runs) for key in runs[0]}
+    """The median ratios of several runs, each in new processes."""
+    found = list[dict[tuple[str, str], float]]()
+    for _ in range(runs):
+        runtimes.restart()
+        found.append(ratios(runtimes, builds, race, rounds))
+    return {key: median(run[key] for run in found) for key in found[0]}
 
 
 def show(name: str, speeds: dict[str, float]) -> None:
@@ -142,7 +141,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--match", default="", help="only races whose title contains this text")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each race (9)")
-    parser.add_argument("--again", type=int, default=4, help="further runs of a race with a slow cell (4)")
+    parser.add_argument("--runs", type=int, default=1, help="runs of each race, each in new processes (1)")
     options = parser.parse_args()
     builds = dict(build.split("=", 1) for build in options.builds)
     reference, *others = builds
@@ -155,7 +154,7 @@ def main() -> None:
         for race in PARTS[part](options.threads):
             if options.match not in race.title:
                 continue
-            speeds = checked_ratios(runtimes, builds, race, options.rounds, options.again)
+            speeds = medians(runtimes, builds, race, options.rounds, options.runs)
             for (name, cell), speed in speeds.items():
                 found[name][f"{race.title}, {cell}"] = speed
             line = "  ".join(f"{cell} {speed:.2f}" for (_, cell), speed in speeds.items())

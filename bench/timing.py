@@ -85,10 +85,11 @@ def _end_lanes() -> None:
         connection.close()
         process.join(timeout=END)
         process.terminate()
+        process.join()
 
 
 class Runtimes:
-    """The processes of the contestants. They are started on first use and serve every race.
+    """The processes of the contestants. They are started on first use, and serve every race until `restart`.
 
     If `once` is true, each race has one turn, which times each call once and measures each ceiling three
     times.

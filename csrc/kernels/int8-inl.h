@@ -101,6 +101,13 @@ struct Halves {
   friend Halves operator*(const Halves& a, const EightSubBlocks& y) { return {a.factors, y.v}; }
 };
 
+// Makes the compiler compute the products of eight factors and eight scales as one vector (see `keep`).
+inline void keep_products(One&) {}
+[[gnu::always_inline]] inline void keep_products(EightSubBlocks& x) {
+  keep(x.v);
+}
+inline void keep_products(Halves&) {}
+
 // The 16 minima of a block with eight sub-blocks: one for each half of each sub-block. The minimum of a half
 // is multiplied by the sum of the 16 values of `x` in the same columns.
 struct HalfMinima {
@@ -249,7 +256,7 @@ inline void int8_tile(const Rows& w, size_t sub_blocks, const Int8Rows& x, float
       for (size_t t = 0; t < kTokens; ++t) {
         const size_t first = t * sub_blocks + sub_block;
         auto scales = codes.a * Factors::load(x.scales + first);
-        if constexpr (requires { keep(scales.v); }) keep(scales.v);
+        keep_products(scales);
         if constexpr (Codes<Block>::kHasMinimum)
           minima[r][t] = minima[r][t] + codes.b * MinimaOf<Block>::sums(x, first);
 #pragma GCC unroll kUnrolledSubBlocks

@@ -9,6 +9,7 @@
 //     of `x` must be from -127 to 127. The bytes of `u` must be from 0 to 127, or from 0 to 255 with VNNI.
 //   `dot_signed(w, x)` does the same as `dot` for any signed bytes `w`.
 //   `to_floats(sums)` converts the eight integer sums to floats.
+//   `keep(v)` makes the compiler compute `v` as a whole vector, with AVX2 and AVX-512.
 //   `spread(two)` puts `two[0]` into lanes 0 to 3 and `two[1]` into lanes 4 to 7.
 //   `sum(v)` returns the sum of the eight lanes of `v`. The order of the additions is fixed.
 #pragma once
@@ -35,12 +36,13 @@ inline Eight load_eight(const float* p) {
   return e;
 }
 
-// x - 0 is x, but x + 0 is not, if x is -0. So a compiler leaves out only the subtraction.
+// x - 0 is always x, so compilers leave out the subtraction. They must keep x + 0, because -0 + 0 is 0.
 inline Eight broadcast_eight(float x) {
   return x - Eight{};
 }
-// Keeps `v` in a register. Clang would otherwise compute its lanes one by one if each lane is used alone.
-inline void keep([[maybe_unused]] Eight& v) {
+// Keeps `v` in one register, with AVX2 and AVX-512. Otherwise, if the code reads the lanes of `v` one by one,
+// Clang computes them one by one, too.
+[[gnu::always_inline]] inline void keep([[maybe_unused]] Eight& v) {
 #if defined(NPLORA_SIMD_AVX512) || defined(NPLORA_SIMD_AVX2)
   __asm__("" : "+v"(v));
 #endif

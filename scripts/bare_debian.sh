@@ -46,7 +46,8 @@ apt-get install -y -qq --no-install-recommends g++ python3-dev python3-venv >/tm
   { cat /tmp/apt.log; exit 1; }
 rm -rf /venv
 python3 -m venv /venv
-/venv/bin/pip install -q "nplora[test] @ file://$(echo /sdist/*.tar.gz)"
+# Without --no-cache-dir, pip would take the wheel that it built from an earlier file of this name.
+/venv/bin/pip install -q --no-cache-dir "nplora[test] @ file://$(echo /sdist/*.tar.gz)"
 cd /source
 /venv/bin/python -c 'import nplora; print(nplora.__file__); nplora.show_config()'
 /venv/bin/python -c 'from bench import bench_import; bench_import.run(quick=True)'

@@ -38,7 +38,8 @@ def build(python: Path, place: Path) -> Path:
     tools = place / "tools"
     call(new_environment(sys.executable, tools), "-m", "pip", "install", "-q", *TOOLS)
     call(tools / "bin/python", "-m", "build", "-q", "--sdist", "--no-isolation", "--outdir", built, ROOT)
-    pip = [python, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", built]
+    # Without --no-cache-dir, pip could take the wheel that it built from an earlier file of this name.
+    pip = [python, "-m", "pip", "wheel", "-q", "--no-cache-dir", "--no-deps", "--wheel-dir", built]
     call(*pip, "-C", "cmake.define.NPLORA_OPENMP=OFF", *built.glob("*.tar.gz"))
     search = f"{tools / 'bin'}:{os.environ['PATH']}"
     # libc.so is musl. Without --exclude, auditwheel would add it to a wheel that zig has linked.

@@ -138,20 +138,29 @@ inline Bytes high(const NibbleCodes& n, Bytes b) {
   return lookup(n.codes, high_nibbles(b));
 }
 
+// Whether each row of a tile loads the columns of `x` from memory again. If there are enough registers, the
+// rows share the loaded columns. Otherwise, the compilers would share them too, but would store them on the
+// stack meanwhile.
+template <size_t kTokens>
+inline constexpr bool kReloadsX = kTokens > 2 && kMostBlockSums < 8;
+
+// Hides the value of `column` from the compiler. After each call, the compiler loads the elements of `x` at
+// this column again.
+inline void hide(size_t& column) {
+  asm volatile("" : "+r"(column));
+}
+
 // A destination for decoded values. The functions `put` do not store the values, but multiply them by kTokens
 // rows of `x`. The products for row t of `x` are added to the lanes of sums[t]. The order of the additions
 // does not depend on the number of tokens.
 template <size_t kTokens>
 struct Dot {
-  const float* x;
-  size_t x_stride;
+  const float* const (&x)[kTokens];
   Vec<float> (&sums)[kTokens];
-  size_t at = 0;  // the column of `x` that belongs to the next decoded element
+  size_t at;  // the column of `x` that belongs to the next decoded element
 
-  Dot operator+(size_t elements) const { return {x, x_stride, sums, at + elements}; }
-  Vec<float> x_of(size_t t, size_t i) const {
-    return Vec<float>::load(x + t * x_stride + at + i * Vec<float>::kLanes);
-  }
+  Dot operator+(size_t elements) const { return {x, sums, at + elements}; }
+  Vec<float> x_of(size_t t, size_t i) const { return Vec<float>::load(x[t] + at + i * Vec<float>::kLanes); }
   void add(size_t i, Vec<float> w) const {
 #pragma GCC unroll 4
     for (size_t t = 0; t < kTokens; ++t) sums[t] = fma(w, x_of(t, i), sums[t]);
@@ -186,7 +195,9 @@ inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<k
     for (size_t i = 1; i < kVectors; ++i) sum = fma(low.v[i], to.x_of(t, i), sum);
 #pragma GCC unroll 8
     for (size_t i = 0; i < kVectors; ++i) sum = fma(high.v[i], to.x_of(t, kVectors + i), sum);
-    to.sums[t] = fma(sum, d, to.sums[t]);
+    sum = fma(sum, d, to.sums[t]);
+    if (kTokens > 2) in_order(sum);
+    to.sums[t] = sum;
   }
 }
 
@@ -396,7 +407,10 @@ struct BlockRows {
             (blocks.sub_block(j, to(r++, (first + i) * kElements) + j * kSubBlock), ...);
           }
         };
-        if constexpr (kRows == 2)
+        if constexpr (kElements == kSubBlock)
+#pragma GCC unroll 4
+          for (size_t r = 0; r < kRows; ++r) decoders.get(r, i).sub_block(0, to(r, (first + i) * kElements));
+        else if constexpr (kRows == 2)
           decode(decoders.get(0, i), decoders.get(1, i));
         else
           decode(decoders.get(0, i), decoders.get(1, i), decoders.get(2, i), decoders.get(3, i));
@@ -420,7 +434,16 @@ inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, cons
   for (size_t i = 0; i < kRows * kTokens; ++i) sums[i / kTokens][i % kTokens] = Vec<float>::zero();
   size_t all_rows[kRows];
   for (size_t r = 0; r < kRows; ++r) all_rows[r] = first + smaller(r, rows - 1);
-  w.add(all_rows, cols, [&](size_t r, size_t i) { return Dot<kTokens>{x + i, x_stride, sums[r]}; });
+  const float* x_of[kTokens];
+#pragma GCC unroll 4
+  for (size_t t = 0; t < kTokens; ++t) {
+    x_of[t] = x + t * x_stride;
+    if (kReloadsX<kTokens>) keep(x_of[t]);
+  }
+  w.add(all_rows, cols, [&](size_t r, size_t i) __attribute__((always_inline)) {
+    if (kReloadsX<kTokens>) hide(i);
+    return Dot<kTokens>{x_of, sums[r], i};
+  });
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 4

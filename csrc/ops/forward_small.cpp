@@ -1,5 +1,7 @@
 // The forward pass z = drop(x) Bᵀ, y = x Wᵀ + scale z Aᵀ [+ bias] for a batch of a few rows.
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
 
@@ -29,6 +31,20 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
     kernels::table().int8.quantize_sub_blocks(x.cols, x.row(t), codes + t * x.cols, scales + t * sub_blocks,
                                               sums + t * sub_blocks, half_sums + t * 2 * sub_blocks);
   return {codes, scales, sums, half_sums};
+}
+
+// Returns x if each row begins at a cache line. Otherwise, returns such a copy of x. NumPy aligns arrays only
+// to 16 bytes. Without the copy, many vectors of x would lie in two cache lines, and loading them would be
+// slower.
+template <class T>
+Matrix<const T> at_cache_lines(Matrix<const T> x) {
+  constexpr size_t kLine = kCacheLine / sizeof(T);
+  if (reinterpret_cast<uintptr_t>(x.data) % kCacheLine == 0 && (x.rows == 1 || x.stride % kLine == 0))
+    return x;
+  const size_t stride = round_up(x.cols, kLine);
+  T* copy = scratch<T>(Scratch::kAligned, x.rows * stride);
+  for (size_t t = 0; t < x.rows; ++t) std::copy_n(x.row(t), x.cols, copy + t * stride);
+  return {copy, x.rows, x.cols, stride};
 }
 
 // The low-rank update that is added to the outputs of one group of rows of x. For these rows, `z`
@@ -254,6 +270,7 @@ constexpr double kReadingCost = 2;
 template <class W>
 void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<W>> x) {
   using T = Sum<W>;
+  x = at_cache_lines(x);
   kernels::Int8Rows codes{};
   size_t z_size = 0;
   for (const ForwardPart<T>& part : parts) {

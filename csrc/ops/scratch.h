@@ -47,6 +47,7 @@ enum class Scratch {
   // d_in elements). For attention in pairs, this buffer holds a tile: 96 (head_dim + 24) elements. For
   // activations of bfloat16 values, it holds 2,048 floats.
   kPairing,
+  kAligned,     // a small batch of x, whose rows begin at cache lines: 8 (d_in + 16) elements
   kCodes,       // a small batch of x in int8: 8 d_in elements
   kCodeScales,  // the scales and sums of the codes in kCodes: d_in elements
   // Holds a tile of attention, with 48 * (5 head_dim + 130) elements, or the scores of a single query, with

@@ -72,7 +72,6 @@ inline Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
   return {_mm512_fmadd_pd(a.v, b.v, c.v)};
 }
 
-// The compiler neither reorders the calls of `in_order` nor moves the calculation of `v` behind its call.
 template <class T>
 inline void in_order(Vec<T>& v) {
   __asm__ volatile("" : "+v"(v.v));

@@ -153,4 +153,6 @@ inline void transpose(Vec<T> (&r)[N]) {
 }
 
 template <class T>
+inline void in_order(Vec<T>&) {}
+template <class T>
 inline void keep(Vec<T>&) {}

@@ -210,6 +210,11 @@ inline void transpose(Vec<double> (&r)[2]) {
   r[0].v = t;
 }
 
+template <class T>
+inline void in_order(Vec<T>& v) {
+  __asm__ volatile("" : "+w"(v.v));
+}
+
 // Keeps `v` in a register. GCC would otherwise load `v` from memory again for each use.
 template <class T>
 inline void keep(Vec<T>& v) {

@@ -53,6 +53,33 @@ def test_a_row_of_a_small_batch_has_the_bits_of_the_row_alone(
             np.testing.assert_array_equal(layer(x[batch]), alone[batch])
 
 
+def at_address(x: Array, offset: int) -> Array:
+    """A copy of x whose first byte is `offset` bytes after a cache line, and whose rows have gaps."""
+    columns = x.shape[1] + (3 if offset else 0)
+    memory = np.zeros(len(x) * columns * x.itemsize + 128, np.uint8)
+    memory = memory[-memory.ctypes.data % 64 + offset :][: len(x) * columns * x.itemsize]
+    copy = memory.view(x.dtype).reshape(len(x), columns)[:, : x.shape[1]]
+    copy[...] = x
+    assert copy.ctypes.data % 64 == offset
+    return copy
+
+
+@pytest.mark.parametrize(("storage", "compute", "d_in"), WEIGHTS)
+@pytest.mark.parametrize("count", [1, 2, 4, SMALL])
+def test_the_address_of_x_changes_no_bit(
+    storage: str, compute: str, d_in: int, count: int, threads: int
+) -> None:
+    fw = FrozenWeight(normal(101, d_in, seed=1), storage, compute)
+    layer = LoRALinear(fw, rank=3, init="gaussian", rng=3)
+    x = normal(count, d_in).astype(fw.compute_dtype)
+    aligned = layer(at_address(x, 0))
+    if compute == "float32":
+        W = fw.to_numpy().astype(np.float64) + layer.delta().astype(np.float64)
+        np.testing.assert_allclose(aligned, x.astype(np.float64) @ W.T, rtol=0, atol=2e-4)
+    for offset in (8, 16, 32, 48):
+        np.testing.assert_array_equal(layer(at_address(x, offset)), aligned)
+
+
 def layer_of(fw: FrozenWeight, rank: int, seed: int, biased: bool = True) -> LoRALinear | nplora.Linear:
     bias = normal(fw.shape[0], seed=7).astype(fw.compute_dtype) if biased else None
     if not rank:

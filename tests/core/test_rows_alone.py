@@ -74,7 +74,7 @@ def test_the_address_of_x_changes_no_bit(
     x = normal(count, d_in).astype(fw.compute_dtype)
     aligned = layer(at_address(x, 0))
     if compute == "float32":
-        W = fw.to_numpy().astype(np.float64) + layer.delta().astype(np.float64)
+        W = fw.to_numpy().astype(np.float64) + layer.delta_weight().astype(np.float64)
         np.testing.assert_allclose(aligned, x.astype(np.float64) @ W.T, rtol=0, atol=2e-4)
     for offset in (8, 16, 32, 48):
         np.testing.assert_array_equal(layer(at_address(x, offset)), aligned)

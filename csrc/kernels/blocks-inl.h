@@ -185,7 +185,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens>&
 // Adds the products of a sub-block that has a single scale `d`. `low` and `high` are the first and the last
 // kBytes codes of the sub-block. The function first sums the products of the codes and `x`, and then
 // multiplies the sum by `d`. For a single token, this order takes fewer multiplications than multiplying each
-// code by `d` first.
+// code by `d` first. With many tokens, `in_order` prevents Clang from computing the sums of all tokens at the
+// same time, because there are too few registers for that.
 template <size_t kTokens>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens>& to) {
 #pragma GCC unroll 4

@@ -7,7 +7,7 @@ FILE is a compiled _core. Each ratio is the time of the reference divided by tha
 same turn: 0.95 means that the other build has 95 % of the reference's speed. NPLORA_ISA chooses the
 instruction set of all builds.
 
-Two processes with the same file can differ in speed, for example because their arrays have other addresses.
+Two processes with the same file can differ in speed, for example because their arrays are at other addresses.
 So each race can run several times, each time in new processes, and the medians are printed. To see how much
 equal builds differ, name the file of the reference a second time: `same=FILE`.
 """

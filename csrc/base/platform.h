@@ -89,7 +89,7 @@ using FaultMessage = std::string_view (*)(uintptr_t address);
 // returns an empty text, the failure is handled as it would be without this call. If `find` returns a
 // message, it is written to stderr, and the process ends with status kFaultStatus. On Linux and macOS, the
 // handler that was installed before is called in between. Call this function again before each new mapping,
-// because other code may have restored an older handler, as faulthandler.disable() does. In WebAssembly, this
+// because other code may have removed the handler, as faulthandler.disable() does. In WebAssembly, this
 // function does nothing.
 void explain_faults(FaultMessage find);
 

@@ -86,7 +86,7 @@ void call(const struct sigaction& action, int signal, siginfo_t* info, void* con
 
 [[noreturn]] void end_with(std::string_view message, int signal, siginfo_t* info, void* context) {
   static std::atomic_flag begun;
-  while (begun.test_and_set()) pause();  // another thread is already ending the process
+  while (begun.test_and_set()) ::pause();  // another thread is already ending the process
   for (size_t done = 0; done < message.size();) {
     const ssize_t count = write(STDERR_FILENO, message.data() + done, message.size() - done);
     if (count <= 0) break;
@@ -113,6 +113,8 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
 void explain_faults(FaultMessage find) {
   struct sigaction current;
   if (sigaction(SIGBUS, nullptr, &current) != 0) return;
+  // If a function is installed after our first call, it stays: it is ours, or may call ours. If ours also
+  // called it, they would call each other forever.
   if (message_of.load() != nullptr && is_function(current)) return;
   message_of = find;
   before = current;

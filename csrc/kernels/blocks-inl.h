@@ -138,14 +138,14 @@ inline Bytes high(const NibbleCodes& n, Bytes b) {
   return lookup(n.codes, high_nibbles(b));
 }
 
-// Whether each row of a tile loads the columns of `x` from memory again. If there are enough registers, the
-// rows share the loaded columns. Otherwise, the compilers would share them too, but would store them on the
-// stack meanwhile.
+// Whether each row of a tile loads the columns of `x` from memory again. With AVX2 and four tokens, there are
+// too few registers to share the loaded columns: the compilers would store them on the stack. kMostBlockSums
+// is below 8 only with AVX2.
 template <size_t kTokens>
 inline constexpr bool kReloadsX = kTokens > 2 && kMostBlockSums < 8;
 
 // Hides the value of `column` from the compiler. After each call, the compiler loads the elements of `x` at
-// this column again.
+// this column again. `volatile` prevents the compiler from merging two calls with the same column.
 inline void hide(size_t& column) {
   asm volatile("" : "+r"(column));
 }
@@ -155,7 +155,7 @@ inline void hide(size_t& column) {
 // does not depend on the number of tokens.
 template <size_t kTokens>
 struct Dot {
-  const float* const (&x)[kTokens];
+  const float* const (&x)[kTokens];  // the rows of `x`
   Vec<float> (&sums)[kTokens];
   size_t at;  // the column of `x` that belongs to the next decoded element
 
@@ -185,8 +185,8 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens>&
 // Adds the products of a sub-block that has a single scale `d`. `low` and `high` are the first and the last
 // kBytes codes of the sub-block. The function first sums the products of the codes and `x`, and then
 // multiplies the sum by `d`. For a single token, this order takes fewer multiplications than multiplying each
-// code by `d` first. With many tokens, `in_order` prevents Clang from computing the sums of all tokens at the
-// same time, because there are too few registers for that.
+// code by `d` first. With four tokens, `in_order` prevents Clang from computing the sums of all tokens at the
+// same time. AVX2 has too few registers for that.
 template <size_t kTokens>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens>& to) {
 #pragma GCC unroll 4
@@ -386,8 +386,9 @@ struct BlockRows {
   size_t ahead = fetch_ahead(row_bytes);
 
   // Decodes the first `cols` columns of the rows rows[0] to rows[kRows - 1] of W, block by block. A sub-block
-  // is decoded in all rows before the next one, so that its columns of `x` are loaded once. The values of the
-  // block that begins at column i of row rows[r] are passed to the destination that to(r, i) returns.
+  // is decoded in all rows before the next one, so that the rows can share the loaded columns of `x` (see
+  // kReloadsX). The values of the block that begins at column i of row rows[r] are passed to the destination
+  // that to(r, i) returns.
   template <size_t kRows, class To>
   [[gnu::always_inline]] void add(const size_t (&rows)[kRows], size_t cols, const To& to) const {
     const Block* at[kRows];
@@ -408,13 +409,15 @@ struct BlockRows {
             (blocks.sub_block(j, to(r++, (first + i) * kElements) + j * kSubBlock), ...);
           }
         };
-        if constexpr (kElements == kSubBlock)
+        if constexpr (kElements == kSubBlock) {
+          // Each decoder is used once. So it is made just before its use, which takes fewer registers.
 #pragma GCC unroll 4
           for (size_t r = 0; r < kRows; ++r) decoders.get(r, i).sub_block(0, to(r, (first + i) * kElements));
-        else if constexpr (kRows == 2)
+        } else if constexpr (kRows == 2) {
           decode(decoders.get(0, i), decoders.get(1, i));
-        else
+        } else {
           decode(decoders.get(0, i), decoders.get(1, i), decoders.get(2, i), decoders.get(3, i));
+        }
       }
 #pragma GCC unroll 4
       for (size_t r = 0; r < kRows; ++r) at[r] += n;
@@ -435,15 +438,15 @@ inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, cons
   for (size_t i = 0; i < kRows * kTokens; ++i) sums[i / kTokens][i % kTokens] = Vec<float>::zero();
   size_t all_rows[kRows];
   for (size_t r = 0; r < kRows; ++r) all_rows[r] = first + smaller(r, rows - 1);
-  const float* x_of[kTokens];
+  const float* x_rows[kTokens];
 #pragma GCC unroll 4
   for (size_t t = 0; t < kTokens; ++t) {
-    x_of[t] = x + t * x_stride;
-    if (kReloadsX<kTokens>) keep(x_of[t]);
+    x_rows[t] = x + t * x_stride;
+    if constexpr (kReloadsX<kTokens>) keep(x_rows[t]);
   }
   w.add(all_rows, cols, [&](size_t r, size_t i) __attribute__((always_inline)) {
-    if (kReloadsX<kTokens>) hide(i);
-    return Dot<kTokens>{x_of, sums[r], i};
+    if constexpr (kReloadsX<kTokens>) hide(i);
+    return Dot<kTokens>{x_rows, sums[r], i};
   });
 #pragma GCC unroll 4
   for (size_t r = 0; r < kRows; ++r)

@@ -33,15 +33,16 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums, half_sums};
 }
 
-// Returns x if each row begins at a cache line. Otherwise, returns such a copy of x. NumPy aligns arrays only
-// to 16 bytes. Without the copy, many vectors of x would lie in two cache lines, and loading them would be
-// slower.
+// Returns x if no vector of x lies in two cache lines, that is, if each row begins at a multiple of the size
+// of a vector. Otherwise, copies x to rows that begin at cache lines, because loading such vectors is slow.
+// NumPy aligns arrays only to 16 bytes. A vector has 32 bytes with AVX2, and 64 bytes with AVX-512.
 template <class T>
 Matrix<const T> at_cache_lines(Matrix<const T> x) {
-  constexpr size_t kLine = kCacheLine / sizeof(T);
-  if (reinterpret_cast<uintptr_t>(x.data) % kCacheLine == 0 && (x.rows == 1 || x.stride % kLine == 0))
+  const size_t lanes = kernels::table().products<T>().lanes / 2;  // of one vector
+  if (reinterpret_cast<uintptr_t>(x.data) % (lanes * sizeof(T)) == 0 &&
+      (x.rows == 1 || x.stride % lanes == 0))
     return x;
-  const size_t stride = round_up(x.cols, kLine);
+  const size_t stride = round_up(x.cols, kCacheLine / sizeof(T));
   T* copy = scratch<T>(Scratch::kAligned, x.rows * stride);
   for (size_t t = 0; t < x.rows; ++t) std::copy_n(x.row(t), x.cols, copy + t * stride);
   return {copy, x.rows, x.cols, stride};

@@ -26,8 +26,8 @@
 //   `add_neighbours(a, b)` adds lanes 2i and 2i + 1 of each vector. The first half of the result holds the
 //     sums of a, and the second half holds the sums of b.
 //   `keep(v)` makes the compiler keep the loaded vector v in a register.
-//   `in_order(v)` makes the compiler keep the order of the calls of `in_order`, and calculate `v` before its
-//     call.
+//   `in_order(v)` makes the compiler keep the order of these calls, and calculate `v` before the call. For
+//     generic vectors, `in_order` does nothing.
 //   `part<0>(a)` and `part<1>(a)` are the first and the second numbers of the pairs in `a`. If kParts<E> is
 //     2, a kernel calculates fma(a, b, c) in two steps, one for each part of `a` and `b`. The registers of
 //     AVX2 hold the accumulators of a tile and one part of the operands, but not both parts. If kParts<E> is

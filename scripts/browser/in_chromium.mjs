@@ -3,9 +3,10 @@
 //   node in_chromium.mjs CACHE tests ARGUMENT OF PYTEST...
 //   node in_chromium.mjs CACHE page MODEL.gguf TEXT PROMPT STEPS
 //
-// `page` does what a user does, saves screenshots and adapter.zip in CACHE/shots, and prints what the page shows. All
-// traffic of the browser goes through a proxy, this program. It serves the page and refuses everything else. The
-// program fails if the page asked for anything else, or for anything at all after it had loaded.
+// `page` does what a user does, saves screenshots and adapter.zip in CACHE/shots, and prints what the page
+// shows. All traffic of the browser goes through a proxy, this program. It serves the page and refuses
+// everything else. The program fails if the page asked for anything else, or for anything at all after it had
+// loaded.
 import { createReadStream } from "node:fs";
 import { mkdir, rm, stat } from "node:fs/promises";
 import { createServer } from "node:http";

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 MAGIC, DYLIB, BUNDLE = 0xFEEDFACF, 6, 8
 PROCESSORS = {0x0100000C: "arm64", 0x01000007: "x86_64"}
-SYMTAB, LOAD_DYLIB, CODE_SIGNATURE, VERSION_MIN, BUILD_VERSION = 0x2, 0xC, 0x1D, 0x24, 0x32
+SYMTAB, LOAD_DYLIB, CODE_SIGNATURE, BUILD_VERSION = 0x2, 0xC, 0x1D, 0x32
 OLDEST = (11, 0)
 EXPORTS = {"_PyInit__core", "_nplora_outer_threads"}
 LIBRARIES = {"/usr/lib/libSystem.B.dylib", "/usr/lib/libc++.1.dylib"}
@@ -78,7 +78,7 @@ def parsed(data: bytes) -> Extension:
     return Extension(PROCESSORS.get(processor, "?"), kind, oldest, libraries, needed, exports, signature)
 
 
-def system_symbols(processor: str) -> set[str]:
+def system_symbols() -> set[str]:
     """The symbols of macOS' libSystem, by the list in ziglang."""
     package = importlib.util.find_spec("ziglang")
     if package is None or not package.submodule_search_locations:
@@ -98,7 +98,7 @@ def problems(found: Extension, exact: bool) -> Iterator[str]:
         yield f"needs macOS {found.oldest[0]}.{found.oldest[1]}, expected {OLDEST[0]}.{OLDEST[1]}"
     if found.libraries - LIBRARIES:
         yield f"needs the libraries {', '.join(sorted(found.libraries - LIBRARIES))}"
-    unknown = {name for name in found.needed - system_symbols(found.processor) if not is_of_python(name)}
+    unknown = {name for name in found.needed - system_symbols() if not is_of_python(name)}
     if unknown:
         yield f"needs symbols that neither macOS nor Python has: {', '.join(sorted(unknown))}"
     if EXPORTS - found.exports:

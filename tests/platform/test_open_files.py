@@ -5,7 +5,7 @@ import errno
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,4 +93,22 @@ def test_reserved_files_have_their_size_and_can_be_read_at_a_position(tmp_path: 
     assert files.read_at(descriptor, memoryview(into), 499) == 4
     assert into == b"\0abc"
     assert files.read_at(descriptor, memoryview(into), 1000) == 0
+    os.close(descriptor)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system has no posix_fallocate")
+def test_a_file_system_need_not_reserve_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(number: int) -> Callable[..., None]:
+        def fail(*arguments: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return fail
+
+    descriptor = files.open_file(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    monkeypatch.setattr(os, "posix_fallocate", fails(errno.ENOSPC))
+    with pytest.raises(OSError, match=re.escape(os.strerror(errno.ENOSPC))):
+        files.reserve(descriptor, 1000)
+    monkeypatch.setattr(os, "posix_fallocate", fails(errno.EOPNOTSUPP))
+    files.reserve(descriptor, 1000)
+    assert os.fstat(descriptor).st_size == 1000
     os.close(descriptor)

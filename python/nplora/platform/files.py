@@ -7,6 +7,7 @@ changes.
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import struct
@@ -184,7 +185,7 @@ def write_at(descriptor: int, data: memoryview | bytes, offset: int) -> int:
 
 
 def reserve(descriptor: int, nbytes: int) -> None:
-    """Give a new file a length of `nbytes`, and reserve this space on the disk.
+    """Give a new file a length of `nbytes`, and reserve this space on the disk, if the file system can.
 
     Raises:
         OSError: the disk has too little space.
@@ -196,4 +197,9 @@ def reserve(descriptor: int, nbytes: int) -> None:
         fcntl.fcntl(descriptor, _F_PREALLOCATE, struct.pack("=Iiqqq", 4, 3, 0, nbytes, 0))
         os.ftruncate(descriptor, nbytes)
     else:
-        os.posix_fallocate(descriptor, 0, nbytes)
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+        except OSError as error:  # only with musl: glibc writes zeros if the file system cannot reserve space
+            if error.errno != errno.EOPNOTSUPP:
+                raise
+            os.ftruncate(descriptor, nbytes)

@@ -22,7 +22,7 @@ with contextlib.suppress(ImportError):  # the module can be imported on every sy
     import msvcrt
 
 _SHARED = 1 | 2 | 4  # FILE_SHARE_READ, FILE_SHARE_WRITE, FILE_SHARE_DELETE
-_CREATE_NEW, _CREATE_ALWAYS, _OPEN_EXISTING, _OPEN_ALWAYS = 1, 2, 3, 4
+_CREATE_NEW, _OPEN_EXISTING, _OPEN_ALWAYS = 1, 3, 4
 _NORMAL = 0x80  # FILE_ATTRIBUTE_NORMAL
 _DIRECTORY = 0x0200_0000  # FILE_FLAG_BACKUP_SEMANTICS
 _LOCKED_BYTE = 1 << 40  # beyond the end of the file, because Windows lets no other process read a locked byte

@@ -41,11 +41,8 @@ python scripts/pack_wheel.py "$cache"/build/_core.*.so linux-aarch64 "$cache"
 
 site=$root/usr/local/lib/python3.13/dist-packages
 pip install -q --upgrade --target "$site" --only-binary :all: --python-version 3.13 --implementation cp \
-  --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 -r <(python -c '
-import tomllib
-project = tomllib.load(open("pyproject.toml", "rb"))
-tests = project["tool"]["cibuildwheel"]["test-requires"]
-print(*project["project"]["dependencies"], *tests, sep="\n")')
+  --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
+  -r <(python scripts/requirements.py run test)
 rm -rf "$site"/nplora*
 python -m zipfile -e "$cache"/nplora-*.whl "$site"
 

@@ -80,11 +80,7 @@ fi
 # no wheel of ml_dtypes for musl, so its source is compiled.
 printf '\n== Packages\n'
 packages=$cache/packages
-needed=$("$python" -c '
-import tomllib
-project = tomllib.load(open("pyproject.toml", "rb"))
-tests = project["tool"]["cibuildwheel"]["test-requires"]
-print(*project["build-system"]["requires"], *project["project"]["dependencies"], *tests, sep="\n")')
+needed=$("$python" scripts/requirements.py build run test)
 tool_names=$("$python" -c '
 import sys
 sys.path.insert(0, "scripts")

@@ -1,0 +1,27 @@
+#!/usr/bin/env python3
+"""Print requirements of pyproject.toml, one per line, in the form of `pip install -r`.
+
+Usage: python3 scripts/requirements.py [build] [run] [test]
+
+build: to compile nplora; run: to import it; test: for the tests that release.yml runs with each wheel.
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+
+
+def requirements(kind: str) -> list[str]:
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    if kind == "build":
+        return settings["build-system"]["requires"]
+    if kind == "run":
+        return settings["project"]["dependencies"]
+    if kind == "test":
+        return settings["tool"]["cibuildwheel"]["test-requires"]
+    sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    for kind in sys.argv[1:] or sys.exit(__doc__):
+        print(*requirements(kind), sep="\n")

@@ -41,3 +41,25 @@ def test_an_unknown_storage_type_is_refused(line: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(line.split())
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "model.gguf", "other.gguf"],
+        ["convert", "model.gguf", "other.gguf", "--dtype", "q8_0"],
+        ["merge", "model.gguf", "adapter", "--output", "merged.gguf"],
+        ["generate", "model.gguf", "Hello"],
+        ["export", "model.gguf", "--ollama", "made"],
+    ],
+    ids=["convert", "dtype", "merge", "generate", "export"],
+)
+def test_an_empty_file_is_called_empty_by_every_command(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    Path("model.gguf").touch()
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == "nplora: error: model.gguf: the file is empty\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]

@@ -45,7 +45,7 @@ def test_every_text_is_inside_the_picture(answer: str) -> None:
 
 
 def test_the_picture_in_the_repository_is_small_and_is_that_of_readme() -> None:
-    assert f"]({script.PICTURE.relative_to(ROOT)})" in README
+    assert f"]({script.PICTURE.relative_to(ROOT).as_posix()})" in README
     svg = script.PICTURE.read_text()
     assert len(svg) < 20_000
     losses = re.search(r"from (\d\.\d\d) to (\d\.\d\d) on held-out entries", README)

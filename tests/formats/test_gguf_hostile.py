@@ -82,7 +82,7 @@ MANY = tuple(tensor((0,), name=b"%d" % i) for i in range(1 << 16))
 HUGE_INT8 = tensor((INT64_MAX,), 24)
 
 HOSTILE = {
-    "empty file": (b"", TruncatedError, "0 bytes"),
+    "empty file": (b"", TruncatedError, "the file is empty"),
     "only the magic": (b"GGUF", TruncatedError, "4 bytes"),
     "bad magic": (b"GGML" + bytes(99), FormatError, "begins with 'GGML', expected 'GGUF'"),
     "a safetensors file": (

@@ -19,7 +19,14 @@ import safetensors.numpy as oracle_numpy
 import systems
 from hostile import accepted, refused
 from nplora.formats import files, safetensors
-from nplora.formats.errors import FormatError, LimitError, NotFetchedError, TruncatedError, UnsupportedError
+from nplora.formats.errors import (
+    FormatError,
+    LimitError,
+    NotFetchedError,
+    TruncatedError,
+    UnsafeError,
+    UnsupportedError,
+)
 
 
 def container(header: str | bytes, data: bytes = b"") -> bytes:
@@ -58,7 +65,7 @@ def test_a_file_of_literal_bytes_is_written() -> None:
 
 
 HOSTILE = {
-    "no bytes": (b"", TruncatedError, "0 bytes"),
+    "no bytes": (b"", TruncatedError, "the file is empty"),
     "less than 8 bytes": (b"\x01\x00\x00", TruncatedError, "3 bytes"),
     "a Git LFS pointer": (
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
@@ -435,6 +442,12 @@ def test_a_link_to_a_regular_file_is_replaced_by_the_file(tmp_path: Path) -> Non
     safetensors.save(tmp_path / "link", {"w": np.ones(4)})
     assert (tmp_path / "a.safetensors").read_bytes() == before
     assert safetensors.open(tmp_path / "link", follow_links=False)["w"].numpy()[0] == 1
+
+
+def test_a_link_that_leads_to_itself_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("link")
+    with pytest.raises(UnsafeError, match=r"link: a symbolic link that leads to itself, expected"):
+        safetensors.open(tmp_path / "link")
 
 
 def test_the_parent_of_a_link_is_that_of_its_target(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -114,7 +114,7 @@ def merge_adapter(
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
     gate = MergeGate(base, lossy, check, TOLERANCE if tolerance is None else tolerance)
-    with _new_directory(output):
+    with files.new_directory(output) if is_directory(output) else contextlib.nullcontext():
         new = merged.new_files(output)
         for file in new:
             files.require_new(file.path, overwrite)
@@ -177,21 +177,6 @@ def _inputs(model: ModelFiles, base: StrPath, adapter: Source) -> list[tuple[str
     of_base = (base, model.source, *model.shards, *model_directory.files_of(base))
     of_adapter = (adapter, *peft_adapter.files_of(adapter)) if isinstance(adapter, str | os.PathLike) else ()
     return [("base", path) for path in of_base] + [("adapter", path) for path in of_adapter]
-
-
-@contextlib.contextmanager
-def _new_directory(output: StrPath) -> Iterator[None]:
-    """Create a missing directory. If the `with` body raises an error, remove the new directory again."""
-    is_new = is_directory(output) and not Path(output).exists()
-    if is_new:
-        Path(output).mkdir(exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if is_new:
-            with contextlib.suppress(OSError):
-                Path(output).rmdir()
-        raise
 
 
 # ---- which tensor each layer belongs to ----

@@ -124,36 +124,36 @@ def export_ollama(
         _require_quotable("system", system)
     target = Path(directory)
     files.require_directory(target)
-    target.mkdir(exist_ok=True)
-    files.require_new(target / MODELFILE, overwrite)
-    if Path(model).is_file() and not _is_gguf(model):
-        model = model_directory.of(model)
-    lines, path = list[str](), target / MODEL
-    if adapter is not None and not keep_adapter:
-        lines.append(_merged(model, adapter, path, dtype, any_base, lossy, overwrite))
-    elif not _is_gguf(model):
-        lines.append(str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
-    else:
-        path = Path(model).absolute()
-        _require_quotable("model", str(path), is_one_line=True)
-    if adapter is not None and keep_adapter:
-        done = adapter_to_gguf(adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite)
-        lines.append(str(done))
-    is_plain = adapter is not None and trained_with_template(adapter) is False
-    template, settings, lacks = _settings(gguf.open(path), is_plain, given)
-    lines += lacks
-    text = [f"FROM ./{MODEL}" if path == target / MODEL else f"FROM {path}"]
-    text += [f"ADAPTER ./{ADAPTER}"] if keep_adapter else []
-    text += [
-        f"{name} {_quoted(it)}"
-        for name, it in (("TEMPLATE", template), ("SYSTEM", system or None))
-        if it is not None
-    ]
-    text += [f"PARAMETER {name} {_quoted(it) if name == 'stop' else it}" for name, it in settings]
-    raw = "".join(f"{line}\n" for line in text).encode()
-    files.replace([NewFile(target / MODELFILE, len(raw), [raw])])
-    kept = files.name(target / ADAPTER) if keep_adapter else None
-    return OllamaExport(files.name(directory), tuple(lines), template is not None, files.name(path), kept)
+    with files.new_directory(target):
+        files.require_new(target / MODELFILE, overwrite)
+        if Path(model).is_file() and not _is_gguf(model):
+            model = model_directory.of(model)
+        lines, path = list[str](), target / MODEL
+        if adapter is not None and not keep_adapter:
+            lines.append(_merged(model, adapter, path, dtype, any_base, lossy, overwrite))
+        elif not _is_gguf(model):
+            lines.append(str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
+        else:
+            path = Path(model)
+            _require_quotable("model", str(path.absolute()), is_one_line=True)
+        if adapter is not None and keep_adapter:
+            done = adapter_to_gguf(adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite)
+            lines.append(str(done))
+        is_plain = adapter is not None and trained_with_template(adapter) is False
+        template, settings, lacks = _settings(gguf.open(path), is_plain, given)
+        lines += lacks
+        text = [f"FROM ./{MODEL}" if path == target / MODEL else f"FROM {path.absolute()}"]
+        text += [f"ADAPTER ./{ADAPTER}"] if keep_adapter else []
+        text += [
+            f"{name} {_quoted(it)}"
+            for name, it in (("TEMPLATE", template), ("SYSTEM", system or None))
+            if it is not None
+        ]
+        text += [f"PARAMETER {name} {_quoted(it) if name == 'stop' else it}" for name, it in settings]
+        raw = "".join(f"{line}\n" for line in text).encode()
+        files.replace([NewFile(target / MODELFILE, len(raw), [raw])])
+        kept = files.name(target / ADAPTER) if keep_adapter else None
+        return OllamaExport(files.name(directory), tuple(lines), template is not None, files.name(path), kept)
 
 
 def _is_gguf(model: StrPath) -> bool:

@@ -88,7 +88,8 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
         fd = system.open_file(path, os.O_RDONLY, follow_links=follow_links, wait=False)
     except OSError as error:
         if error.errno == errno.ELOOP and os.path.islink(path):
-            raise UnsafeError(f"{name(path)}: a symbolic link, expected a regular file") from error
+            link = "a symbolic link that leads to itself" if follow_links else "a symbolic link"
+            raise UnsafeError(f"{name(path)}: {link}, expected a regular file") from error
         raise
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
@@ -346,6 +347,21 @@ def require_directory(path: StrPath) -> None:
         kind = kind_name(stat.S_IFMT(os.stat(path).st_mode))
         reason = f"is {kind}, expected a directory"
         raise NotADirectoryError(errno.ENOTDIR, reason, name(path))
+
+
+@contextlib.contextmanager
+def new_directory(path: StrPath) -> Iterator[None]:
+    """Create a missing directory. If the `with` body raises an error, remove it, unless it holds files."""
+    is_new = not os.path.exists(path)
+    if is_new:
+        os.mkdir(path)
+    try:
+        yield
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)
+        raise
 
 
 def require_new(path: StrPath, overwrite: bool) -> None:

@@ -80,7 +80,7 @@ def test_a_change_that_the_disk_refuses_is_kept_in_memory(
     idle: FineTuning, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = queued(idle)
-    words = rf"^{job}: .*/job\.json: No space left on device: .*; a change to the job was not written to "
+    words = rf"^{job}: .*\bjob\.json: No space left on device: .*; a change to the job was not written to "
     words += "the disk$"
     with full_disk(monkeypatch), pytest.warns(UserWarning, match=words):
         idle._state.change(job, status="paused")

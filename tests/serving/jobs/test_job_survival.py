@@ -357,6 +357,6 @@ def test_many_threads_upload_and_list_at_once(idle: FineTuning) -> None:
 
 def test_records_are_plain_json(idle: FineTuning, tmp_path: Path) -> None:
     job = queued(idle, metadata={"name": "Zoë\u2028"})
-    record = json.loads((tmp_path / "jobs" / "jobs" / job / "job.json").read_text())
+    record = json.loads((tmp_path / "jobs" / "jobs" / job / "job.json").read_text(encoding="utf-8"))
     assert record["metadata"] == {"name": "Zoë\u2028"}
     idle.close()

@@ -86,6 +86,8 @@ def parse(data: memoryview, source: str) -> Header:
 
 def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, int]:
     """Read the version, the number of tensors and the number of metadata entries."""
+    if not size:
+        raise TruncatedError(f"{source}: the file is empty")
     if not MAGIC.startswith(bytes(start[:4])):
         like = " (is it a safetensors file?)" if bytes(start[8:10]) == b'{"' else ""
         if bytes(start[:1]) in (b"{", b"["):

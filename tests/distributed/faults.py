@@ -6,7 +6,6 @@ of it for checkpoints.
 
 import functools
 import os
-import resource
 import signal
 import sys
 import threading
@@ -48,6 +47,8 @@ class Fault(Callback):
         if self.kind == "error":
             raise MemoryError("no memory for a test")
         if self.kind == "disk":  # no file can grow any more, as on a full disk
+            import resource
+
             resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
         if self.kind == "raise":
             raise KeyboardInterrupt

@@ -23,16 +23,16 @@ from nplora.trainer import Callback, Run, StepRecord
 from nplora.trainer.checkpoint import Checkpoint
 from nplora.trainer.run_directory import RunDirectory
 
+# The names of signals. Windows lacks most of them.
 SIGNALS = {
-    "kill": signal.SIGKILL,
-    "stop": signal.SIGSTOP,
-    "interrupt": signal.SIGINT,
-    "terminate": signal.SIGTERM,
-    "user": signal.SIGUSR1,
-    "handled": signal.SIGUSR1,
+    "kill": "SIGKILL",
+    "stop": "SIGSTOP",
+    "interrupt": "SIGINT",
+    "terminate": "SIGTERM",
+    "user": "SIGUSR1",
+    "handled": "SIGUSR1",
 }
-
-TIMED = {"kill-at": signal.SIGKILL, "stop-at": signal.SIGSTOP}
+TIMED = {"kill-at": "SIGKILL", "stop-at": "SIGSTOP"}
 
 
 class Fault(Callback):
@@ -43,7 +43,7 @@ class Fault(Callback):
         if run.step != self.step:
             return
         if self.kind in SIGNALS:
-            os.kill(os.getpid(), SIGNALS[self.kind])
+            os.kill(os.getpid(), getattr(signal, SIGNALS[self.kind]))
         if self.kind == "error":
             raise MemoryError("no memory for a test")
         if self.kind == "disk":  # no file can grow any more, as on a full disk
@@ -179,10 +179,10 @@ if __name__ == "__main__":
         die_in_checkpoint(step)
     mine = os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK")) == str(rank)
     if kind == "kill-at" and mine:  # perhaps before MPI is started
-        Moment(step, TIMED[kind])
+        Moment(step, getattr(signal, TIMED[kind]))
     with MPICommunicator(share_cores=False) as here:
         if kind == "stop-at" and mine:  # in the start of MPI, no timeout of nplora counts
-            Moment(step, TIMED[kind])
+            Moment(step, getattr(signal, TIMED[kind]))
         faults: list[Callback] = [Fault(kind, step)] if rank in (here.rank, -1) else []
         if kind == "handled":
             signal.signal(

@@ -144,14 +144,12 @@ def test_a_signal_to_all_ranks_saves_the_run(tmp_path: Path) -> None:
     require_same_end(tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("number", "wanted"), [(signal.SIGINT, 0), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)]
-)
-def test_a_signal_to_the_launcher_saves_the_run(number: int, wanted: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "wanted"), [("SIGINT", 0), ("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_signal_to_the_launcher_saves_the_run(name: str, wanted: int, tmp_path: Path) -> None:
     with started((2, [HERE / "faults.py", "announce", -1, 5, tmp_path / "run"])) as process:
         assert process.stdout is not None
         assert "now" in process.stdout.readline()
-        process.send_signal(number)
+        process.send_signal(getattr(signal, name))
         process.communicate(timeout=60)
     assert process.returncode == wanted
     assert saved_step(tmp_path / "run") in range(5, 15)

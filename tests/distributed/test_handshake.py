@@ -1,6 +1,5 @@
 """A signal during the handshake of the ranks keeps what an earlier run has trained."""
 
-import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +48,7 @@ def test_ctrl_c_in_the_handshake_keeps_the_trained_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trained = train(None, [], tmp_path / "run")
-    interrupt_the_handshake(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGINT))
+    interrupt_the_handshake(monkeypatch, lambda: signal.raise_signal(signal.SIGINT))
     resumed = train(Mirrored(), [], tmp_path / "run")
     for found, wanted in zip(resumed.parameters(), trained.parameters(), strict=True):
         np.testing.assert_array_equal(found.value, wanted.value)
@@ -61,7 +60,7 @@ def test_sigterm_in_the_handshake_says_the_step_that_is_saved(
 ) -> None:
     train(None, [], tmp_path / "run")
     before = saved_values(tmp_path / "run")
-    interrupt_the_handshake(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    interrupt_the_handshake(monkeypatch, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as ended:
         train(Mirrored(), [], tmp_path / "run")
     assert ended.value.code == 128 + signal.SIGTERM

@@ -23,5 +23,6 @@ def requirements(kind: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    for kind in sys.argv[1:] or sys.exit(__doc__):
-        print(*requirements(kind), sep="\n")
+    if not sys.argv[1:]:
+        sys.exit(__doc__)
+    print(*(line for kind in sys.argv[1:] for line in requirements(kind)), sep="\n")

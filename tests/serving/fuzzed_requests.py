@@ -277,7 +277,7 @@ def run_fuzzer(directory: Path, seed: int, count: int, seconds: float) -> Counte
     lm = nplora.load_model(model)
     models = Models(lm, "base")
     models.load("adapter0", paths[0])
-    options = ServeOptions(jobs=str(directory / "jobs"), memory="1G")
+    options = ServeOptions(jobs=str(directory / "jobs"), memory="2G")
     with run.running(lm, models, options) as (engine, jobs):
         assert jobs is not None
         jobs.start()

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import nplora
+import systems
 from commands import command
 from nplora import cli
 from nplora.serving.api import http_server
@@ -184,6 +185,7 @@ def test_the_address_comes_before_the_events_of_an_open_job(
 
 
 @pytest.mark.slow
+@systems.needs_signals
 def test_ctrl_c_says_what_the_server_waits_for_and_a_second_one_ends_it(
     files: tuple[Path, list[Path]],
 ) -> None:

@@ -3,7 +3,6 @@
 import functools
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 import nplora
+import systems
 from nplora.serving.jobs import FineTuning, job_run, storage
 from nplora.serving.jobs.jobs_state import JobsState
 from nplora.serving.request_error import RequestError
@@ -57,8 +57,8 @@ def test_a_job_that_is_killed_twice_ends_with_the_same_bits(
         try:
             wait_until(functools.partial(has_lines, events, steps))
         finally:
-            server.send_signal(signal.SIGKILL)
-        assert server.wait() == -signal.SIGKILL
+            server.kill()
+        assert server.wait() == systems.KILLED
         seen.append(lines(events))
     assert 20 < seen[0] < seen[1] < STEPS, "the job was not killed in its midst"
     lm.delete_adapter(name)

@@ -444,7 +444,9 @@ inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, cons
     x_rows[t] = x + t * x_stride;
     if constexpr (kReloadsX<kTokens>) keep(x_rows[t]);
   }
-  w.add(all_rows, cols, [&](size_t r, size_t i) __attribute__((always_inline)) {
+  // Clang assumes that a prefetch changes memory, and would load the members of `w` again after each.
+  const Rows own = w;
+  own.add(all_rows, cols, [&](size_t r, size_t i) __attribute__((always_inline)) {
     if constexpr (kReloadsX<kTokens>) hide(i);
     return Dot<kTokens>{x_rows, sums[r], i};
   });

@@ -106,9 +106,9 @@ inline void decode_nf4(size_t rows, size_t cols, Nf4 w, size_t first, size_t row
 // row must begin at the start of a block and have a whole number of blocks.
 struct Nf4Rows {
   static constexpr size_t kElements = BlockNf4::kElements;
-  const Nf4& w;
+  Nf4 w;
   size_t first, row_step;
-  const Levels& levels;
+  Levels levels;
   size_t ahead = fetch_ahead(row_step / 2);
 
   template <size_t kRows, class To>
@@ -132,8 +132,7 @@ struct Nf4Rows {
 
 inline void dot_nf4(size_t m, size_t rows, size_t cols, Nf4 w, size_t first, size_t row_step, const float* x,
                     size_t x_stride, float* part, const Fetch& next) {
-  const Levels levels(kLevels.v);
-  dot_rows(Nf4Rows{w, first, row_step, levels}, m, rows, cols, x, x_stride, part, next);
+  dot_rows(Nf4Rows{w, first, row_step, Levels(kLevels.v)}, m, rows, cols, x, x_stride, part, next);
 }
 
 }  // namespace nplora::kernels::NPLORA_ISA

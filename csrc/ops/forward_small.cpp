@@ -33,11 +33,11 @@ kernels::Int8Rows quantized(Matrix<const float> x) {
   return {codes, scales, sums, half_sums};
 }
 
-// Returns x if no vector of x lies in two cache lines, that is, if each row begins at a multiple of the size
-// of a vector. Otherwise, copies x to rows that begin at cache lines, because loading such vectors is slow.
-// NumPy aligns arrays only to 16 bytes. A vector has 32 bytes with AVX2, and 64 bytes with AVX-512.
+// Returns x if each row begins at a multiple of the size of a vector, so that no vector lies in two cache
+// lines. Otherwise, returns a copy whose rows begin at cache lines, because a vector in two cache lines is
+// loaded slowly. NumPy aligns arrays only to 16 bytes. A vector has 32 bytes with AVX2, and 64 with AVX-512.
 template <class T>
-Matrix<const T> at_cache_lines(Matrix<const T> x) {
+Matrix<const T> with_aligned_rows(Matrix<const T> x) {
   const size_t lanes = kernels::table().products<T>().lanes / 2;  // of one vector
   if (reinterpret_cast<uintptr_t>(x.data) % (lanes * sizeof(T)) == 0 &&
       (x.rows == 1 || x.stride % lanes == 0))
@@ -271,7 +271,7 @@ constexpr double kReadingCost = 2;
 template <class W>
 void forward_small(std::span<const ForwardPart<Sum<W>>> parts, Matrix<const Sum<W>> x) {
   using T = Sum<W>;
-  x = at_cache_lines(x);
+  x = with_aligned_rows(x);
   kernels::Int8Rows codes{};
   size_t z_size = 0;
   for (const ForwardPart<T>& part : parts) {

@@ -1,9 +1,9 @@
 """Check an extension for macOS without a Mac: its imports, its exports, and that macOS may run it at all.
 
-Usage: python scripts/cross/check_macos.py _core.cpython-311-darwin.so [--exact]
+Usage: python scripts/cross/check_macos.py _core.cpython-311-darwin.so
 
---exact: only PyInit__core and nplora_outer_threads may be exported. zig's linker ignores the list of exports;
-Apple's does not.
+The extension must be compiled by zig, which links libc++ into it. zig's linker ignores the list of exports,
+so the extension may export more symbols.
 
 The oracle for the system's symbols is the list of libSystem in the package ziglang, and for Python's symbols
 the interpreter that runs this script.
@@ -23,7 +23,7 @@ PROCESSORS = {0x0100000C: "arm64", 0x01000007: "x86_64"}
 SYMTAB, LOAD_DYLIB, CODE_SIGNATURE, BUILD_VERSION = 0x2, 0xC, 0x1D, 0x32
 OLDEST = (11, 0)
 EXPORTS = {"_PyInit__core", "_nplora_outer_threads"}
-LIBRARIES = {"/usr/lib/libSystem.B.dylib", "/usr/lib/libc++.1.dylib"}
+LIBRARIES = {"/usr/lib/libSystem.B.dylib"}
 SUPER_BLOB, CODE_DIRECTORY = 0xFADE0CC0, 0xFADE0C02
 EXTERNAL, TYPE, UNDEFINED, PRIVATE, STAB = 0x01, 0x0E, 0x00, 0x10, 0xE0
 
@@ -91,7 +91,7 @@ def is_of_python(name: str) -> bool:
     return name.startswith(("_Py", "__Py")) and hasattr(ctypes.pythonapi, name[1:])
 
 
-def problems(found: Extension, exact: bool) -> Iterator[str]:
+def problems(found: Extension) -> Iterator[str]:
     if found.processor == "?" or found.kind not in (BUNDLE, DYLIB):
         yield "not an extension for arm64 or x86_64"
     if found.oldest != OLDEST:
@@ -103,8 +103,6 @@ def problems(found: Extension, exact: bool) -> Iterator[str]:
         yield f"needs symbols that neither macOS nor Python has: {', '.join(sorted(unknown))}"
     if EXPORTS - found.exports:
         yield f"does not export {', '.join(sorted(EXPORTS - found.exports))}"
-    if exact and found.exports - EXPORTS:
-        yield f"also exports {', '.join(sorted(found.exports - EXPORTS)[:20])}"
     # Apple's processors run signed code only. A signature without a certificate is enough.
     if found.processor == "arm64" and not is_signed(found.signature):
         yield "is not signed"
@@ -119,8 +117,7 @@ def is_signed(signature: bytes) -> bool:
 
 
 def main() -> None:
-    exact = "--exact" in sys.argv[2:]
-    if len(sys.argv) != 2 + exact:
+    if len(sys.argv) != 2:
         sys.exit(__doc__)
     found = parsed(Path(sys.argv[1]).read_bytes())
     python = sum(map(is_of_python, found.needed))
@@ -128,7 +125,7 @@ def main() -> None:
         f"{found.processor}, macOS {found.oldest[0]}.{found.oldest[1]} or newer; needs {python} symbols of "
         f"Python and {len(found.needed) - python} of macOS; exports {len(found.exports)} symbols"
     )
-    wrong = list(problems(found, exact))
+    wrong = list(problems(found))
     sys.exit("\n".join(wrong) if wrong else 0)
 
 

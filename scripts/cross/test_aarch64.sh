@@ -39,10 +39,11 @@ cmake -S . -B "$cache/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DNPLORA_OPENMP
 cmake --build "$cache/build" --target _core
 python scripts/pack_wheel.py "$cache"/build/_core.*.so linux-aarch64 "$cache"
 
+needed=$(python scripts/requirements.py run test)
 site=$root/usr/local/lib/python3.13/dist-packages
 pip install -q --upgrade --target "$site" --only-binary :all: --python-version 3.13 --implementation cp \
   --platform manylinux_2_28_aarch64 --platform manylinux_2_17_aarch64 \
-  -r <(python scripts/requirements.py run test)
+  -r <(echo "$needed")
 rm -rf "$site"/nplora*
 python -m zipfile -e "$cache"/nplora-*.whl "$site"
 

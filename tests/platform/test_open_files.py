@@ -5,13 +5,14 @@ import errno
 import mmap
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import systems
-from nplora.platform import files
+from nplora.platform import files, windows_files
 
 
 @systems.needs_new_paths
@@ -111,4 +112,30 @@ def test_a_file_system_need_not_reserve_space(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "posix_fallocate", fails(errno.EOPNOTSUPP))
     files.reserve(descriptor, 1000)
     assert os.fstat(descriptor).st_size == 1000
+    monkeypatch.setattr(sys, "platform", "darwin")  # where the call is another
+    monkeypatch.setattr("fcntl.fcntl", fails(errno.ENOTSUP))
+    files.reserve(descriptor, 2000)
+    assert os.fstat(descriptor).st_size == 2000
     os.close(descriptor)
+
+
+def test_on_windows_a_failed_replacement_keeps_the_copy_that_a_crash_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash between the two renames leaves no file `model`, and its old content in `.model.MARK.old`."""
+    left, new, path = tmp_path / ".model.0123456789ab.old", tmp_path / "new", tmp_path / "model"
+    left.write_text("old")
+    new.write_text("new")
+    denied = PermissionError(errno.EACCES, "denied")
+    denied.winerror = 5  # type: ignore[attr-defined]
+
+    def fail(*paths: str) -> None:
+        raise denied
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(PermissionError):
+            windows_files.replace(str(new), str(path))
+    assert left.read_text() == "old"
+    windows_files.replace(str(new), str(path))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]

@@ -190,13 +190,13 @@ def reserve(descriptor: int, nbytes: int) -> None:
     Raises:
         OSError: the disk has too little space.
     """
-    if sys.platform == "darwin":
-        # struct fstore: F_ALLOCATEALL, F_PEOFPOSMODE, offset 0, length `nbytes`
-        fcntl.fcntl(descriptor, _F_PREALLOCATE, struct.pack("=Iiqqq", 4, 3, 0, nbytes, 0))
-    elif sys.platform != "win32" and sys.platform != "emscripten":
-        try:
+    try:
+        if sys.platform == "darwin":
+            # struct fstore: F_ALLOCATEALL, F_PEOFPOSMODE, offset 0, length `nbytes`
+            fcntl.fcntl(descriptor, _F_PREALLOCATE, struct.pack("=Iiqqq", 4, 3, 0, nbytes, 0))
+        elif sys.platform != "win32" and sys.platform != "emscripten":
             os.posix_fallocate(descriptor, 0, nbytes)
-        except OSError as error:  # only with musl: glibc writes zeros if the file system cannot reserve space
-            if error.errno != errno.EOPNOTSUPP:
-                raise
+    except OSError as error:  # glibc then writes zeros instead; musl and macOS report it
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOTSUP):
+            raise
     os.ftruncate(descriptor, nbytes)  # NTFS reserves the added space; a browser has no disk

@@ -94,8 +94,6 @@ def joined(directory: int | None, name: str) -> str:
 
 
 def replace(old: str, new: str) -> None:
-    for replaced in glob.glob(_replaced(new, "*")):
-        _remove(replaced)
     try:
         os.replace(old, new)
     except OSError as error:
@@ -108,7 +106,9 @@ def replace(old: str, new: str) -> None:
         except BaseException:
             os.rename(aside, new)
             raise
-        _remove(aside)
+    # Only now: after a crash between the two renames, such a file is the only copy.
+    for replaced in glob.glob(_replaced(new, "*")):
+        _remove(replaced)
 
 
 def _replaced(path: str, mark: str) -> str:

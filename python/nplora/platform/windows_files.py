@@ -106,7 +106,7 @@ def replace(old: str, new: str) -> None:
         except BaseException:
             os.rename(aside, new)
             raise
-    # Only now: after a crash between the two renames, such a file is the only copy.
+    # Moved files are removed last: after a crash between the two renames, one of them is the only copy.
     for replaced in glob.glob(_replaced(new, "*")):
         _remove(replaced)
 

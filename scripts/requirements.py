@@ -20,7 +20,7 @@ def requirements(kind: str) -> list[str]:
         return settings["project"]["dependencies"]
     if kind == "test":
         return settings["tool"]["cibuildwheel"]["test-requires"]
-    sys.exit(__doc__)
+    raise ValueError(f"{kind}: expected build, run or test")
 
 
 if __name__ == "__main__":

@@ -444,7 +444,8 @@ inline void dot_tile(const Rows& w, size_t first, size_t rows, size_t cols, cons
     x_rows[t] = x + t * x_stride;
     if constexpr (kReloadsX<kTokens>) keep(x_rows[t]);
   }
-  // Clang assumes that a prefetch changes memory, and would load the members of `w` again after each.
+  // A local copy: Clang assumes that a prefetch changes memory, and would load the members of `w` again after
+  // each prefetch.
   const Rows own = w;
   own.add(all_rows, cols, [&](size_t r, size_t i) __attribute__((always_inline)) {
     if constexpr (kReloadsX<kTokens>) hide(i);

@@ -30,7 +30,7 @@ fi
 step "Build tools"
 if [ ! -e "$venv/ready" ]; then
   "${PYTHON:-python3.12}" -m venv "$venv"
-  "$venv/bin/pip" install -q "scikit-build-core>=1" "pybind11>=3" "cmake>=3.21" ninja wheel \
+  "$venv/bin/pip" install -q $("$venv/bin/python" scripts/requirements.py build) "cmake>=3.21" ninja wheel \
     "meson-python>=0.15" "Cython>=3.0.6,<3.1"
   touch "$venv/ready"
 fi

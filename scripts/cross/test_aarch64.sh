@@ -26,7 +26,7 @@ fi
 
 if [ ! -e "$cache/venv/ready" ]; then
   python3.13 -m venv "$cache/venv"
-  "$cache/venv/bin/pip" install -q "scikit-build-core>=1" "pybind11>=3" "cmake>=3.21" ninja wheel
+  "$cache/venv/bin/pip" install -q $(python3.13 scripts/requirements.py build) "cmake>=3.21" ninja wheel
   touch "$cache/venv/ready"
 fi
 export PATH=$cache/venv/bin:$PATH

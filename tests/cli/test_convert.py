@@ -50,11 +50,12 @@ def test_an_unknown_storage_type_is_refused(line: str) -> None:
         ["convert", "model.gguf", "other.gguf", "--dtype", "q8_0"],
         ["merge", "model.gguf", "adapter", "--output", "merged.gguf"],
         ["generate", "model.gguf", "Hello"],
+        ["info", "model.gguf"],
         ["export", "model.gguf", "--ollama", "made"],
     ],
-    ids=["convert", "dtype", "merge", "generate", "export"],
+    ids=["convert", "dtype", "merge", "generate", "info", "export"],
 )
-def test_an_empty_file_is_called_empty_by_every_command(
+def test_an_empty_file_is_called_empty(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("tokenizers")

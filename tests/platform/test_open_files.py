@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,8 +113,9 @@ def test_a_file_system_need_not_reserve_space(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "posix_fallocate", fails(errno.EOPNOTSUPP))
     files.reserve(descriptor, 1000)
     assert os.fstat(descriptor).st_size == 1000
-    monkeypatch.setattr(sys, "platform", "darwin")  # where the call is another
-    monkeypatch.setattr("fcntl.fcntl", fails(errno.ENOTSUP))
+    monkeypatch.setattr(sys, "platform", "darwin")  # its ENOTSUP is not EOPNOTSUPP
+    monkeypatch.setattr(errno, "ENOTSUP", 45)
+    monkeypatch.setattr("fcntl.fcntl", fails(45))
     files.reserve(descriptor, 2000)
     assert os.fstat(descriptor).st_size == 2000
     os.close(descriptor)
@@ -132,10 +134,34 @@ def test_on_windows_a_failed_replacement_keeps_the_copy_that_a_crash_left(
     def fail(*paths: str) -> None:
         raise denied
 
+    rename = os.rename
+
+    def rename_unless_new(old: str, to: str) -> None:
+        if old == str(new):
+            raise OSError(errno.ENOSPC, "full")
+        rename(old, to)
+
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(PermissionError):
             windows_files.replace(str(new), str(path))
+        path.write_text("path")
+        patch.setattr(os, "rename", rename_unless_new)
+        with pytest.raises(OSError, match="full"):  # the old file has been moved, and is moved back
+            windows_files.replace(str(new), str(path))
+        assert path.read_text() == "path"
     assert left.read_text() == "old"
     windows_files.replace(str(new), str(path))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]
+
+
+def test_on_windows_a_link_to_itself_has_the_error_of_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        error = OSError(errno.EINVAL, "the name of the file cannot be resolved")
+        error.winerror = 1921  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(windows_files, "_winapi", SimpleNamespace(CreateFile=fail), raising=False)
+    with pytest.raises(OSError, match=re.escape(os.strerror(errno.ELOOP))) as caught:
+        windows_files._descriptor("link", 0, 3, 0, 0)
+    assert (caught.value.errno, caught.value.filename) == (errno.ELOOP, "link")

@@ -27,7 +27,7 @@ from nplora.formats import (
     sharded,
 )
 from nplora.formats.config_json import read_fields
-from nplora.formats.errors import FormatError, brief, counted, quoted
+from nplora.formats.errors import FormatError, brief, counted, quoted, require_not_empty
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import GgufFile, StringArray
 from nplora.formats.gguf.ggml_types import GGML_TYPES
@@ -83,9 +83,9 @@ def describe(path: StrPath) -> str:
     if start.startswith(MAGIC):
         file = gguf.open(path)
         return _llama_cpp(file) if gguf_adapter.is_adapter(file) else _gguf(file, size)
+    require_not_empty(size, files.name(path))
     if start[8:] != b"{":
-        found = f"begins with {quoted(start)}" if start else "is empty"
-        raise FormatError(f"{files.name(path)}: {found}, expected GGUF or safetensors")
+        raise FormatError(f"{files.name(path)}: begins with {quoted(start)}, expected GGUF or safetensors")
     return _safetensors(path, size)
 
 

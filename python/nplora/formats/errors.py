@@ -109,6 +109,12 @@ _MOST_NAMES = 5_000
 _MOST_PROBLEMS = 10  # problems listed in one message; the rest are only counted
 
 
+def require_not_empty(size: int, source: str) -> None:
+    """Raise TruncatedError if a file of `size` bytes is empty."""
+    if not size:
+        raise TruncatedError(f"{source}: the file is empty")
+
+
 def in_places(problems: Sequence[str]) -> str:
     """Format a list of problems as the end of a message: "in 2 places:", then one line per problem."""
     shown = [*problems[:_MOST_PROBLEMS], *(["…"] if len(problems) > _MOST_PROBLEMS else [])]

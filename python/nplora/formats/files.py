@@ -88,7 +88,7 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
         fd = system.open_file(path, os.O_RDONLY, follow_links=follow_links, wait=False)
     except OSError as error:
         if error.errno == errno.ELOOP and os.path.islink(path):
-            link = "a symbolic link that leads to itself" if follow_links else "a symbolic link"
+            link = "a symbolic link" + (" that leads to no file" if follow_links else "")
             raise UnsafeError(f"{name(path)}: {link}, expected a regular file") from error
         raise
     try:
@@ -208,7 +208,8 @@ def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
     Raises:
         FormatError: the path is a directory, FIFO or device.
         NotFetchedError: the file is a Git LFS pointer.
-        UnsafeError: the path is a symbolic link and `follow_links` is False.
+        UnsafeError: the path is a symbolic link and `follow_links` is False, or the link leads to itself or
+            to too many other links.
         TruncatedError: the file shrank while it was read.
         MemoryError: the requested bytes do not fit in memory.
         OSError: the file cannot be opened or read.
@@ -350,11 +351,15 @@ def require_directory(path: StrPath) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(path: StrPath) -> Iterator[None]:
+def output_directory(path: StrPath) -> Iterator[None]:
     """Create a missing directory. If the `with` body raises an error, remove it, unless it holds files."""
-    is_new = not os.path.exists(path)
-    if is_new:
+    is_new = True
+    try:
         os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+        is_new = False
     try:
         yield
     except BaseException:

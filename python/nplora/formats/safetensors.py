@@ -29,6 +29,7 @@ from nplora.formats.errors import (
     brief,
     missing_name,
     quoted,
+    require_not_empty,
 )
 from nplora.formats.files import StrPath
 
@@ -388,8 +389,7 @@ def _parse(data: Buffer, source: str) -> tuple[dict[str, Entry], dict[str, str]]
 
 def _header(data: Buffer, source: str) -> tuple[dict[str, Any], int]:
     """The header's JSON object, and the offset at which the data begin."""
-    if not len(data):
-        raise TruncatedError(f"{source}: the file is empty")
+    require_not_empty(len(data), source)
     if len(data) < 8:
         raise TruncatedError(
             f"{source}: the file has {len(data)} bytes, but the header's length alone takes 8"

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nplora import _check
 from nplora.formats import bitsandbytes, files, gguf, gguf_adapter, gguf_rows, model_directory
-from nplora.formats.errors import FormatError, TruncatedError, UnsupportedError, brief, counted
+from nplora.formats.errors import FormatError, UnsupportedError, brief, counted, require_not_empty
 from nplora.formats.files import StrPath
 from nplora.formats.gguf import file_type
 from nplora.formats.gguf.ggml_types import GGML_TYPES
@@ -84,8 +84,7 @@ def _is_gguf(path: Path) -> bool:
     if not path.is_file():
         return False
     with files.reading(path) as reader:
-        if not len(reader):
-            raise TruncatedError(f"{files.name(path)}: the file is empty")
+        require_not_empty(len(reader), files.name(path))
         return bytes(reader[:4]) == MAGIC
 
 

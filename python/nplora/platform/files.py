@@ -196,7 +196,8 @@ def reserve(descriptor: int, nbytes: int) -> None:
             fcntl.fcntl(descriptor, _F_PREALLOCATE, struct.pack("=Iiqqq", 4, 3, 0, nbytes, 0))
         elif sys.platform != "win32" and sys.platform != "emscripten":
             os.posix_fallocate(descriptor, 0, nbytes)
-    except OSError as error:  # glibc then writes zeros instead; musl and macOS report it
+    except OSError as error:
+        # The file system cannot reserve space. glibc writes zeros instead; musl and macOS raise this error.
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
-    os.ftruncate(descriptor, nbytes)  # NTFS reserves the added space; a browser has no disk
+    os.ftruncate(descriptor, nbytes)  # with NTFS, this also reserves the space; a browser has no disk

@@ -28,6 +28,7 @@ _DIRECTORY = 0x0200_0000  # FILE_FLAG_BACKUP_SEMANTICS
 _LOCKED_BYTE = 1 << 40  # beyond the end of the file, because Windows lets no other process read a locked byte
 # Windows' errors for: access denied, sharing violation, lock violation, and a file that is mapped.
 _IN_USE = {5, 32, 33, 1224}
+_UNRESOLVABLE = 1921  # a symbolic link that leads to itself, or to too many other links
 _LONGEST = 1 << 15
 _TRIES = 100  # a millisecond apart, to open a file that is just being replaced
 
@@ -72,6 +73,8 @@ def _descriptor(path: str, access: int, creation: int, attributes: int, flags: i
     try:
         handle = _winapi.CreateFile(path, access, _SHARED, 0, creation, attributes, 0)
     except OSError as error:
+        if error.winerror == _UNRESOLVABLE:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path) from None
         raise type(error)(error.errno, error.strerror, path, error.winerror) from None
     try:
         return msvcrt.open_osfhandle(handle, flags & os.O_APPEND | os.O_NOINHERIT)
@@ -94,6 +97,7 @@ def joined(directory: int | None, name: str) -> str:
 
 
 def replace(old: str, new: str) -> None:
+    replaced = glob.glob(_replaced(new, "*"))  # a file that appears later belongs to another process
     try:
         os.replace(old, new)
     except OSError as error:
@@ -101,14 +105,16 @@ def replace(old: str, new: str) -> None:
             raise
         aside = _replaced(new, secrets.token_hex(6))
         os.rename(new, aside)
+        replaced.append(aside)
         try:
             os.rename(old, new)
         except BaseException:
-            os.rename(aside, new)
+            with contextlib.suppress(FileExistsError):  # another process has created the file
+                os.rename(aside, new)
             raise
     # Moved files are removed last: after a crash between the two renames, one of them is the only copy.
-    for replaced in glob.glob(_replaced(new, "*")):
-        _remove(replaced)
+    for path in replaced:
+        _remove(path)
 
 
 def _replaced(path: str, mark: str) -> str:

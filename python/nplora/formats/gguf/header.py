@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nplora.formats.errors import FormatError, LimitError, TruncatedError, UnsupportedError, brief, quoted
+from nplora.formats.errors import (
+    FormatError,
+    LimitError,
+    TruncatedError,
+    UnsupportedError,
+    brief,
+    quoted,
+    require_not_empty,
+)
 from nplora.formats.gguf.ggml_types import BY_NUMBER, VALUE_DTYPES, VALUE_LETTERS, VALUE_TYPES, GgmlType
 from nplora.formats.gguf.metadata import LENGTH, ArrayEntry, Scalar
 
@@ -86,8 +94,7 @@ def parse(data: memoryview, source: str) -> Header:
 
 def parse_start(start: memoryview, size: int, source: str) -> tuple[int, int, int]:
     """Read the version, the number of tensors and the number of metadata entries."""
-    if not size:
-        raise TruncatedError(f"{source}: the file is empty")
+    require_not_empty(size, source)
     if not MAGIC.startswith(bytes(start[:4])):
         like = " (is it a safetensors file?)" if bytes(start[8:10]) == b'{"' else ""
         if bytes(start[:1]) in (b"{", b"["):

@@ -13,6 +13,7 @@ import nplora
 import systems
 from nplora import adapters, cli
 from nplora.adapters import OllamaExport, export_ollama
+from nplora.formats.errors import TruncatedError
 from nplora.formats.gguf import Typed
 from small_llama import save_small_llama
 
@@ -115,6 +116,17 @@ def test_an_adapter_is_kept_beside_the_model(model: Path, adapter: Path, tmp_pat
     assert (found["FROM"], found["ADAPTER"]) == (str(model), "./adapter.gguf")
     nplora.adapter_to_gguf(adapter, tmp_path / "a.gguf", model)
     assert (tmp_path / "out" / "adapter.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
+
+
+def test_an_unusable_adapter_leaves_no_model(adapter: Path, tmp_path: Path) -> None:
+    from docs.starting_directory import make
+
+    (tmp_path / "start").mkdir()
+    make(tmp_path / "start")
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(TruncatedError):
+        export_ollama(tmp_path / "start" / "hf-model", tmp_path / "out", adapter, keep_adapter=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_of_plain_texts_gets_a_plain_template(

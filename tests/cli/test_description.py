@@ -366,9 +366,9 @@ def test_control_characters_of_a_file_do_not_reach_the_terminal(tmp_path: Path) 
 
 
 def test_any_other_file_is_refused(tmp_path: Path) -> None:
-    for name, data in (("text", b"a text of some kind"), ("empty", b""), ("short", b"GG")):
+    for name, data in (("text", b"a text of some kind"), ("short", b"GG")):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(FormatError, match=r"(begins with '.+'|is empty), expected GGUF or") as caught:
+        with pytest.raises(FormatError, match=r"begins with '.+', expected GGUF or") as caught:
             description.describe(tmp_path / name)
         assert str(tmp_path / name) in str(caught.value)
     (tmp_path / "cut").write_bytes(b"GGUF\x03")

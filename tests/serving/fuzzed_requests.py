@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 import nplora
+from nplora.platform.memory import current_memory
 from nplora.serving import run
 from nplora.serving.api.app import Application
 from nplora.serving.api.models import Models
@@ -277,7 +278,8 @@ def run_fuzzer(directory: Path, seed: int, count: int, seconds: float) -> Counte
     lm = nplora.load_model(model)
     models = Models(lm, "base")
     models.load("adapter0", paths[0])
-    options = ServeOptions(jobs=str(directory / "jobs"), memory="2G")
+    limit = str(current_memory() + (1 << 30))  # this process may have run thousands of tests before
+    options = ServeOptions(jobs=str(directory / "jobs"), memory=limit)
     with run.running(lm, models, options) as (engine, jobs):
         assert jobs is not None
         jobs.start()

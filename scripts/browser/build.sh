@@ -30,7 +30,8 @@ fi
 step "Build tools"
 if [ ! -e "$venv/ready" ]; then
   "${PYTHON:-python3.12}" -m venv "$venv"
-  "$venv/bin/pip" install -q $("$venv/bin/python" scripts/requirements.py build) "cmake>=3.21" ninja wheel \
+  needed=$("$venv/bin/python" scripts/requirements.py build) # a failure inside an argument would be ignored
+  "$venv/bin/pip" install -q $needed "cmake>=3.21" ninja wheel \
     "meson-python>=0.15" "Cython>=3.0.6,<3.1"
   touch "$venv/ready"
 fi

@@ -26,7 +26,8 @@ fi
 
 if [ ! -e "$cache/venv/ready" ]; then
   python3.13 -m venv "$cache/venv"
-  "$cache/venv/bin/pip" install -q $(python3.13 scripts/requirements.py build) "cmake>=3.21" ninja wheel
+  needed=$(python3.13 scripts/requirements.py build) # a failure inside an argument would be ignored
+  "$cache/venv/bin/pip" install -q $needed "cmake>=3.21" ninja wheel
   touch "$cache/venv/ready"
 fi
 export PATH=$cache/venv/bin:$PATH

@@ -124,9 +124,32 @@ def test_an_unusable_adapter_leaves_no_model(adapter: Path, tmp_path: Path) -> N
     (tmp_path / "start").mkdir()
     make(tmp_path / "start")
     (adapter / "adapter_model.safetensors").write_bytes(b"")
-    with pytest.raises(TruncatedError):
+    with pytest.raises(TruncatedError, match=r"adapter_model\.safetensors: the file is empty"):
         export_ollama(tmp_path / "start" / "hf-model", tmp_path / "out", adapter, keep_adapter=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("cause", ["dtype", "tokenizer", "model.gguf"])
+def test_an_unusable_model_leaves_no_adapter(tmp_path: Path, cause: str) -> None:
+    from docs.starting_directory import make
+
+    make(tmp_path)
+    source, out = tmp_path / "hf-model", tmp_path / "out"
+    lm = nplora.load_model(source)
+    lm.add_lora(rank=2, targets="all-linear")
+    adapters.Adapter.from_model(lm).save(tmp_path / "adapter")
+    dtype, error = "q8_0", r"model\.gguf"
+    if cause == "dtype":
+        dtype, error = "q8_O", "q8_O"
+    elif cause == "tokenizer":
+        (source / "tokenizer.json").unlink()
+        error = "tokenizer"
+    else:
+        out.mkdir()
+        (out / "model.gguf").write_text("a model")
+    with pytest.raises((ValueError, FileExistsError), match=error):
+        export_ollama(source, out, tmp_path / "adapter", dtype, keep_adapter=True)
+    assert not out.exists() or [file.name for file in out.iterdir()] == ["model.gguf"]
 
 
 def test_an_adapter_of_plain_texts_gets_a_plain_template(

@@ -446,7 +446,7 @@ def test_a_link_to_a_regular_file_is_replaced_by_the_file(tmp_path: Path) -> Non
 
 def test_a_link_that_leads_to_itself_is_named(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("link")
-    with pytest.raises(UnsafeError, match=r"link: a symbolic link that leads to no file, expected"):
+    with pytest.raises(UnsafeError, match="link: a symbolic link that leads to itself or through too many"):
         safetensors.open(tmp_path / "link")
 
 

@@ -128,31 +128,102 @@ def test_on_windows_a_failed_replacement_keeps_the_copy_that_a_crash_left(
     left, new, path = tmp_path / ".model.0123456789ab.old", tmp_path / "new", tmp_path / "model"
     left.write_text("old")
     new.write_text("new")
-    denied = PermissionError(errno.EACCES, "denied")
-    denied.winerror = 5  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", deny)
+        with pytest.raises(PermissionError):
+            windows_files.replace(str(new), str(path))
+    assert left.read_text() == "old"
+    windows_files.replace(str(new), str(path))
+    assert contents(tmp_path) == {"model": "new"}
 
-    def fail(*paths: str) -> None:
-        raise denied
 
+def deny(*paths: str) -> None:
+    """What `os.replace` does on Windows if the second path is a mapped file."""
+    error = PermissionError(errno.EACCES, "denied")
+    error.winerror = 5  # type: ignore[attr-defined]
+    raise error
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def test_on_windows_a_mapped_file_is_moved_and_then_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "new").write_text("new")
+    (tmp_path / "model").write_text("old")
+    monkeypatch.setattr(os, "replace", deny)
+    windows_files.replace(str(tmp_path / "new"), str(tmp_path / "model"))
+    assert contents(tmp_path) == {"model": "new"}
+
+
+@pytest.mark.parametrize("other", [None, "other"])
+def test_on_windows_a_failed_replacement_moves_the_old_file_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str | None
+) -> None:
+    """Unless another process has created a file with this name."""
+    new, path = tmp_path / "new", tmp_path / "model"
+    new.write_text("new")
+    path.write_text("old")
     rename = os.rename
 
     def rename_unless_new(old: str, to: str) -> None:
-        if old == str(new):
-            raise OSError(errno.ENOSPC, "full")
+        if old == str(new) and other is not None:
+            path.write_text(other)
+        if old == str(new) or os.path.exists(to):  # Windows never renames to an existing file
+            raise FileExistsError(errno.EEXIST, f"cannot rename {old}")
         rename(old, to)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", fail)
-        with pytest.raises(PermissionError):
-            windows_files.replace(str(new), str(path))
-        path.write_text("path")
-        patch.setattr(os, "rename", rename_unless_new)
-        with pytest.raises(OSError, match="full"):  # the old file has been moved, and is moved back
-            windows_files.replace(str(new), str(path))
-        assert path.read_text() == "path"
-    assert left.read_text() == "old"
-    windows_files.replace(str(new), str(path))
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]
+    monkeypatch.setattr(os, "replace", deny)
+    monkeypatch.setattr(os, "rename", rename_unless_new)
+    with pytest.raises(FileExistsError, match=r"cannot rename .*new"):
+        windows_files.replace(str(new), str(path))
+    assert path.read_text() == (other or "old")
+    assert "old" in contents(tmp_path).values()
+
+
+@pytest.mark.parametrize("moves", [0, 1])
+def test_on_windows_an_interruption_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    """Ctrl-C before or after the first of the two renames."""
+    new, path = tmp_path / "new", tmp_path / "model"
+    new.write_text("new")
+    path.write_text("old")
+    rename, calls = os.rename, list[str]()
+
+    def interrupted(old: str, to: str) -> None:
+        calls.append(old)
+        if len(calls) > 1 or moves:
+            rename(old, to)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", deny)
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        windows_files.replace(str(new), str(path))
+    assert contents(tmp_path) == {"model": "old", "new": "new"}
+
+
+def test_on_windows_a_replacement_removes_no_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only moved copies of this file, and none that another process makes during the replacement."""
+    others = {f".model.{part}.old" for part in ("index.0123456789ab", "my-notes", "0123456789ab")}
+    (tmp_path / "new").write_text("new")
+    for name in others - {".model.0123456789ab.old"}:
+        (tmp_path / name).write_text("other")
+    replace = os.replace
+
+    def replace_late(old: str, to: str) -> None:
+        (tmp_path / ".model.0123456789ab.old").write_text("other")
+        replace(old, to)
+
+    monkeypatch.setattr(os, "replace", replace_late)
+    windows_files.replace(str(tmp_path / "new"), str(tmp_path / "model"))
+    assert set(contents(tmp_path)) == {"model", *others}
 
 
 def test_on_windows_a_link_to_itself_has_the_error_of_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:

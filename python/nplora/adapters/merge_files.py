@@ -114,7 +114,7 @@ def merge_adapter(
     for name in merged.merges:
         require_finite(model.source, model.tensors[name])
     gate = MergeGate(base, lossy, check, TOLERANCE if tolerance is None else tolerance)
-    with files.output_directory(output) if is_directory(output) else contextlib.nullcontext():
+    with files.creating_directory(output) if is_directory(output) else contextlib.nullcontext():
         new = merged.new_files(output)
         for file in new:
             files.require_new(file.path, overwrite)

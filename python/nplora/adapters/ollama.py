@@ -124,7 +124,7 @@ def export_ollama(
         _require_quotable("system", system)
     target = Path(directory)
     files.require_directory(target)
-    with files.output_directory(target):
+    with files.creating_directory(target, MODEL, ADAPTER):
         files.require_new(target / MODELFILE, overwrite)
         if Path(model).is_file() and not _is_gguf(model):
             model = model_directory.of(model)
@@ -132,16 +132,16 @@ def export_ollama(
         if adapter is not None and not keep_adapter:
             lines.append(_merged(model, adapter, path, dtype, any_base, lossy, overwrite))
         else:
-            if _is_gguf(model):
-                path = Path(model)
-                _require_quotable("model", str(path.absolute()), is_one_line=True)
-            if adapter is not None:  # before the model, because an adapter fails sooner and takes less space
+            if adapter is not None:  # first, because this takes less time than the model
                 done = adapter_to_gguf(
                     adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite
                 )
                 lines.append(str(done))
-            if not _is_gguf(model):
-                lines.insert(0, str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
+            if _is_gguf(model):
+                path = Path(model)
+                _require_quotable("model", str(path.absolute()), is_one_line=True)
+            else:
+                lines.append(str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
         is_plain = adapter is not None and trained_with_template(adapter) is False
         template, settings, lacks = _settings(gguf.open(path), is_plain, given)
         lines += lacks

@@ -80,10 +80,10 @@ def describe(path: StrPath) -> str:
         return _index(path)
     with files.reading(path) as reader:
         start, size = bytes(reader[:9]), len(reader)
+    require_not_empty(size, files.name(path))
     if start.startswith(MAGIC):
         file = gguf.open(path)
         return _llama_cpp(file) if gguf_adapter.is_adapter(file) else _gguf(file, size)
-    require_not_empty(size, files.name(path))
     if start[8:] != b"{":
         raise FormatError(f"{files.name(path)}: begins with {quoted(start)}, expected GGUF or safetensors")
     return _safetensors(path, size)

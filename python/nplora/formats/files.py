@@ -88,8 +88,8 @@ def _open_regular(path: StrPath, follow_links: bool) -> Iterator[int]:
         fd = system.open_file(path, os.O_RDONLY, follow_links=follow_links, wait=False)
     except OSError as error:
         if error.errno == errno.ELOOP and os.path.islink(path):
-            link = "a symbolic link" + (" that leads to no file" if follow_links else "")
-            raise UnsafeError(f"{name(path)}: {link}, expected a regular file") from error
+            why = " that leads to itself or through too many links" if follow_links else ""
+            raise UnsafeError(f"{name(path)}: a symbolic link{why}, expected a regular file") from error
         raise
     try:
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
@@ -209,7 +209,7 @@ def reading(path: StrPath, follow_links: bool = True) -> Iterator[Reader]:
         FormatError: the path is a directory, FIFO or device.
         NotFetchedError: the file is a Git LFS pointer.
         UnsafeError: the path is a symbolic link and `follow_links` is False, or the link leads to itself or
-            to too many other links.
+            through too many links.
         TruncatedError: the file shrank while it was read.
         MemoryError: the requested bytes do not fit in memory.
         OSError: the file cannot be opened or read.
@@ -351,20 +351,27 @@ def require_directory(path: StrPath) -> None:
 
 
 @contextlib.contextmanager
-def output_directory(path: StrPath) -> Iterator[None]:
-    """Create a missing directory. If the `with` body raises an error, remove it, unless it holds files."""
+def creating_directory(path: StrPath, *names: str) -> Iterator[None]:
+    """Create the directory, unless it exists.
+
+    If the `with` body raises an error, the files `names` are removed if the body has created them. Then the
+    directory is removed if it is new and empty.
+    """
     is_new = True
     try:
         os.mkdir(path)
-    except FileExistsError:
+    except OSError:  # if the directory exists, this is not always a FileExistsError
         if not os.path.isdir(path):
             raise
         is_new = False
+    created = [file for file in map(Path(path).joinpath, names) if not os.path.lexists(file)]
     try:
         yield
     except BaseException:
-        if is_new:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            for file in created:
+                file.unlink(missing_ok=True)
+            if is_new:
                 os.rmdir(path)
         raise
 

@@ -99,8 +99,8 @@ def replace_in(directory: int, old: str, new: str) -> None:
 
     Windows cannot replace a file that is mapped. So the mapped file is first renamed to a name that ends in
     ".old"; then the file `old` is renamed to `new`. If the process is killed between these two renames, no
-    file has the name `new`. The next call removes the file that ends in ".old", unless that file is still
-    mapped.
+    file has the name `new`. The next call that succeeds removes the file that ends in ".old", unless that
+    file is still mapped.
     """
     if sys.platform == "win32":
         windows_files.replace(windows_files.joined(directory, old), windows_files.joined(directory, new))
@@ -197,7 +197,7 @@ def reserve(descriptor: int, nbytes: int) -> None:
         elif sys.platform != "win32" and sys.platform != "emscripten":
             os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
-        # The file system cannot reserve space. glibc writes zeros instead; musl and macOS raise this error.
+        # These errors mean that the file system cannot reserve space. glibc raises neither: it writes zeros.
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
     os.ftruncate(descriptor, nbytes)  # with NTFS, this also reserves the space; a browser has no disk

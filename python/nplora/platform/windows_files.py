@@ -28,8 +28,9 @@ _DIRECTORY = 0x0200_0000  # FILE_FLAG_BACKUP_SEMANTICS
 _LOCKED_BYTE = 1 << 40  # beyond the end of the file, because Windows lets no other process read a locked byte
 # Windows' errors for: access denied, sharing violation, lock violation, and a file that is mapped.
 _IN_USE = {5, 32, 33, 1224}
-_UNRESOLVABLE = 1921  # a symbolic link that leads to itself, or to too many other links
+_UNRESOLVABLE = 1921  # ERROR_CANT_RESOLVE_FILENAME: a link that leads to itself or through too many links
 _LONGEST = 1 << 15
+_MARK = "[0-9a-f]" * 12  # a glob pattern for the texts of `secrets.token_hex(6)`
 _TRIES = 100  # a millisecond apart, to open a file that is just being replaced
 
 
@@ -97,19 +98,20 @@ def joined(directory: int | None, name: str) -> str:
 
 
 def replace(old: str, new: str) -> None:
-    replaced = glob.glob(_replaced(new, "*"))  # a file that appears later belongs to another process
+    replaced = glob.glob(_replaced(new, _MARK))  # a file that appears later belongs to another process
     try:
         os.replace(old, new)
     except OSError as error:
         if error.winerror not in _IN_USE or not os.path.isfile(new):
             raise
         aside = _replaced(new, secrets.token_hex(6))
-        os.rename(new, aside)
         replaced.append(aside)
         try:
+            os.rename(new, aside)
             os.rename(old, new)
         except BaseException:
-            with contextlib.suppress(FileExistsError):  # another process has created the file
+            # The first rename may have failed. Another process may have created `new`, and removed `aside`.
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
                 os.rename(aside, new)
             raise
     # Moved files are removed last: after a crash between the two renames, one of them is the only copy.
@@ -120,18 +122,18 @@ def replace(old: str, new: str) -> None:
 def _replaced(path: str, mark: str) -> str:
     """Return the name to which the mapped file `path` is moved before another file takes its place.
 
-    The new name contains the text `mark`. With the `mark` "*", the result is a glob pattern that matches all
+    The new name contains the text `mark`. If `mark` is `_MARK`, the result is a glob pattern that matches all
     such names.
     """
     folder, name = os.path.split(path)
-    if mark == "*":
+    if mark == _MARK:
         folder, name = glob.escape(folder), glob.escape(name)
     return os.path.join(folder, f".{name}.{mark}.old")
 
 
 def _is_being_replaced(path: str) -> bool:
     """Whether a file that did not exist a moment ago is between the two renames of `replace`, or was."""
-    return bool(glob.glob(_replaced(path, "*"))) or os.path.exists(path)
+    return bool(glob.glob(_replaced(path, _MARK))) or os.path.exists(path)
 
 
 def _remove(path: str) -> None:

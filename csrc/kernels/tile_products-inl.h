@@ -71,9 +71,14 @@ struct CopiedStep {
 
   // Copies the first end - first elements of each row of `from` to the columns [first, end) of `a`.
   void copy_a(size_t rows, size_t first, size_t end, const Strided<Bf16Pair>& from) {
-    for (size_t i = 0; i < rows; ++i)
-      for (size_t k = first; k < end; ++k)
-        a[i * kTileSide + k] = from.data[i * from.row_stride + (k - first) * from.step_stride];
+    for (size_t i = 0; i < rows; ++i) {
+      Bf16Pair* to = a + i * kTileSide + first;
+      const Bf16Pair* row = from.data + i * from.row_stride;
+      if (from.step_stride == 1)  // with the loop below, Clang would scatter pairs of several rows
+        __builtin_memcpy(to, row, (end - first) * sizeof(Bf16Pair));
+      else
+        for (size_t k = 0; k < end - first; ++k) to[k] = row[k * from.step_stride];
+    }
   }
   void clear_a(size_t rows, size_t first) {
     for (size_t i = 0; i < rows; ++i)

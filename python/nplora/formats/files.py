@@ -364,12 +364,12 @@ def creating_directory(path: StrPath, *names: str) -> Iterator[None]:
         if not os.path.isdir(path):
             raise
         is_new = False
-    created = [file for file in map(Path(path).joinpath, names) if not os.path.lexists(file)]
+    missing = [file for file in map(Path(path).joinpath, names) if not os.path.lexists(file)]
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            for file in created:
+            for file in missing:
                 file.unlink(missing_ok=True)
             if is_new:
                 os.rmdir(path)

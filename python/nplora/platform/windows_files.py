@@ -98,7 +98,7 @@ def joined(directory: int | None, name: str) -> str:
 
 
 def replace(old: str, new: str) -> None:
-    replaced = glob.glob(_replaced(new, _MARK))  # a file that appears later belongs to another process
+    replaced = _moved(new)  # a file that appears later belongs to another process
     try:
         os.replace(old, new)
     except OSError as error:
@@ -120,20 +120,19 @@ def replace(old: str, new: str) -> None:
 
 
 def _replaced(path: str, mark: str) -> str:
-    """Return the name to which the mapped file `path` is moved before another file takes its place.
-
-    The new name contains the text `mark`. If `mark` is `_MARK`, the result is a glob pattern that matches all
-    such names.
-    """
+    """Return the name to which the mapped file `path` is moved before another file takes its place."""
     folder, name = os.path.split(path)
-    if mark == _MARK:
-        folder, name = glob.escape(folder), glob.escape(name)
     return os.path.join(folder, f".{name}.{mark}.old")
+
+
+def _moved(path: str) -> list[str]:
+    """Return the names of all files to which `path` was moved, and which still exist."""
+    return glob.glob(_replaced(glob.escape(path), _MARK))
 
 
 def _is_being_replaced(path: str) -> bool:
     """Whether a file that did not exist a moment ago is between the two renames of `replace`, or was."""
-    return bool(glob.glob(_replaced(path, _MARK))) or os.path.exists(path)
+    return bool(_moved(path)) or os.path.exists(path)
 
 
 def _remove(path: str) -> None:

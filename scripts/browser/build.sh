@@ -4,8 +4,8 @@
 #   scripts/browser/build.sh CACHE
 #
 # The wheel is CACHE/nplora-…-wasm32.whl, and CACHE/page is the page of examples/browser with all its files.
-# CACHE is a directory outside the checkout. It also keeps Pyodide and the wheel of NumPy, which takes 10 to
-# 20 minutes to compile, so that later runs compile only what changed in nplora.
+# CACHE is a directory outside the checkout. It also keeps Pyodide and the wheel of NumPy, so that later runs
+# compile only what changed in nplora. The first run takes about 20 minutes.
 #
 # Needs Debian 13's packages emscripten (3.1.69), nodejs, npm and unzip, and CPython 3.12 with its headers.
 # Set PYTHON if CPython 3.12 has another command than python3.12.
@@ -30,7 +30,7 @@ fi
 step "Build tools"
 if [ ! -e "$venv/ready" ]; then
   "${PYTHON:-python3.12}" -m venv "$venv"
-  needed=$("$venv/bin/python" scripts/requirements.py build) # a failure inside an argument would be ignored
+  needed=$("$venv/bin/python" scripts/requirements.py build) # as an argument of pip, a failed $(...) would not stop the script
   "$venv/bin/pip" install -q $needed "cmake>=3.21" ninja wheel \
     "meson-python>=0.15" "Cython>=3.0.6,<3.1"
   touch "$venv/ready"

@@ -1,5 +1,6 @@
 """Directories for Ollama: the model, and a Modelfile as Ollama's parser reads it."""
 
+import errno
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ import nplora
 import systems
 from nplora import adapters, cli
 from nplora.adapters import OllamaExport, export_ollama
+from nplora.formats import files
 from nplora.formats.errors import TruncatedError
 from nplora.formats.gguf import Typed
 from small_llama import save_small_llama
@@ -56,6 +58,23 @@ def adapter(model: Path, tmp_path: Path) -> Path:
         layer.A[...] = rng.standard_normal(layer.A.shape) / 4
     adapters.Adapter.from_model(lm).save(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A directory with a model, beside a directory with its adapter."""
+    pytest.importorskip("tokenizers")
+    from docs.starting_directory import make
+
+    make(tmp_path)
+    lm = nplora.load_model(tmp_path / "hf-model")
+    lm.add_lora(rank=2, targets="all-linear")
+    adapters.Adapter.from_model(lm).save(tmp_path / "adapter")
+    return tmp_path / "hf-model"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_the_directory_holds_the_merged_model_and_its_modelfile(
@@ -118,38 +137,87 @@ def test_an_adapter_is_kept_beside_the_model(model: Path, adapter: Path, tmp_pat
     assert (tmp_path / "out" / "adapter.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes()
 
 
-def test_an_unusable_adapter_leaves_no_model(adapter: Path, tmp_path: Path) -> None:
-    from docs.starting_directory import make
-
-    (tmp_path / "start").mkdir()
-    make(tmp_path / "start")
-    (adapter / "adapter_model.safetensors").write_bytes(b"")
+def test_an_unusable_adapter_leaves_no_model(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(TruncatedError, match=r"adapter_model\.safetensors: the file is empty"):
-        export_ollama(tmp_path / "start" / "hf-model", tmp_path / "out", adapter, keep_adapter=True)
+        export_ollama(source, tmp_path / "out", tmp_path / "adapter", keep_adapter=True)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("cause", ["dtype", "tokenizer", "model.gguf"])
-def test_an_unusable_model_leaves_no_adapter(tmp_path: Path, cause: str) -> None:
-    from docs.starting_directory import make
-
-    make(tmp_path)
-    source, out = tmp_path / "hf-model", tmp_path / "out"
-    lm = nplora.load_model(source)
-    lm.add_lora(rank=2, targets="all-linear")
-    adapters.Adapter.from_model(lm).save(tmp_path / "adapter")
-    dtype, error = "q8_0", r"model\.gguf"
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("cause", "error"),
+    [
+        ("dtype", "dtype='q8_O' is not available"),
+        ("tokenizer", "Ollama needs the tokenizer"),
+        ("name", "model has control characters"),
+    ],
+)
+def test_an_export_that_cannot_succeed_changes_nothing(
+    source: Path, tmp_path: Path, cause: str, error: str, overwrite: bool
+) -> None:
+    model, out, dtype = source, tmp_path / "out", "q8_0"
+    if overwrite:
+        export_ollama(source, out, tmp_path / "adapter", keep_adapter=True)
+        (out / "adapter.gguf").write_bytes((out / "adapter.gguf").read_bytes() + b" ")  # another adapter
     if cause == "dtype":
-        dtype, error = "q8_O", "q8_O"
+        dtype = "q8_O"
     elif cause == "tokenizer":
         (source / "tokenizer.json").unlink()
-        error = "tokenizer"
     else:
-        out.mkdir()
-        (out / "model.gguf").write_text("a model")
-    with pytest.raises((ValueError, FileExistsError), match=error):
-        export_ollama(source, out, tmp_path / "adapter", dtype, keep_adapter=True)
-    assert not out.exists() or [file.name for file in out.iterdir()] == ["model.gguf"]
+        model = tmp_path / "a\x7fb.gguf"
+        nplora.model_to_gguf(source, model)
+    before = contents(out) if overwrite else {}
+    with pytest.raises(ValueError, match=error):
+        export_ollama(model, out, tmp_path / "adapter", dtype, keep_adapter=True, overwrite=overwrite)
+    assert (contents(out) if out.exists() else {}) == before
+    assert out.exists() == overwrite
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "Modelfile", "adapter.gguf"])
+def test_an_export_replaces_no_file(source: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_bytes(b"a file")
+    with pytest.raises(FileExistsError, match=re.escape(name)):
+        export_ollama(source, out, tmp_path / "adapter", keep_adapter=True)
+    assert contents(out) == {name: b"a file"}
+
+
+def test_a_failed_export_keeps_the_file_that_another_program_wrote(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, convert = tmp_path / "out", adapters.ollama.adapter_to_gguf
+
+    def convert_slowly(*args: Any, **keywords: Any) -> Any:
+        (out / "model.gguf").write_bytes(b"of another program")
+        return convert(*args, **keywords)
+
+    monkeypatch.setattr(adapters.ollama, "adapter_to_gguf", convert_slowly)
+    with pytest.raises(FileExistsError, match=r"model\.gguf"):
+        export_ollama(source, out, tmp_path / "adapter", keep_adapter=True)
+    assert contents(out) == {"model.gguf": b"of another program"}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_after_an_error_the_directory_has_all_files_or_none(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """The Modelfile is the last file. Its rename succeeds, and then the disk fails."""
+    out, replaced = tmp_path / "out", files.replace
+    if overwrite:
+        export_ollama(source, out, tmp_path / "adapter")
+
+    def replace(new: list[files.NewFile], **keywords: Any) -> None:
+        replaced(new, **keywords)
+        if Path(new[0].path).name == "Modelfile":
+            raise OSError(errno.EIO, "the disk fails")
+
+    monkeypatch.setattr(files, "replace", replace)
+    with pytest.raises(OSError, match="the disk fails"):
+        export_ollama(source, out, tmp_path / "adapter", keep_adapter=True, overwrite=overwrite)
+    found = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    assert found == (["Modelfile", "adapter.gguf", "model.gguf"] if overwrite else [])
 
 
 def test_an_adapter_of_plain_texts_gets_a_plain_template(

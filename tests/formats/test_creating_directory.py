@@ -1,4 +1,4 @@
-"""The directory of a command's output."""
+"""Directories that are removed after an error."""
 
 import errno
 import os
@@ -8,28 +8,52 @@ import pytest
 
 from nplora.formats import files
 
+errors = pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt("stop")])
 
-def write_and_fail(folder: Path) -> None:
-    with files.creating_directory(folder, "a", "b"):
+
+def write_and_fail(folder: Path, error: BaseException) -> None:
+    with files.creating_directory(folder) as written:
         for name in ("a", "b"):
             (folder / name).write_text("new")
-        raise RuntimeError("stop")
+            written.append(folder / name)
+        raise error
 
 
-def test_after_an_error_a_new_directory_is_removed(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="stop"):
-        write_and_fail(tmp_path / "new")
+@errors
+def test_after_an_error_a_new_directory_is_removed(tmp_path: Path, error: BaseException) -> None:
+    with pytest.raises(type(error), match="stop"):
+        write_and_fail(tmp_path / "new", error)
     assert not (tmp_path / "new").exists()
 
 
-def test_after_an_error_files_that_existed_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("old")
+@errors
+def test_after_an_error_other_files_are_kept(tmp_path: Path, error: BaseException) -> None:
+    (tmp_path / "old").write_text("old")
+    with pytest.raises(type(error), match="stop"):
+        write_and_fail(tmp_path, error)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"old": "old"}
+
+
+def test_a_file_that_cannot_be_removed_does_not_keep_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows, a mapped file cannot be removed."""
+    unlink = Path.unlink
+
+    def deny(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "b":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", deny)
     with pytest.raises(RuntimeError, match="stop"):
-        write_and_fail(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+        write_and_fail(tmp_path, RuntimeError("stop"))
+    assert [file.name for file in tmp_path.iterdir()] == ["b"]
 
 
-def test_a_directory_may_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_existing_directory_is_accepted_whatever_error_mkdir_raises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(path: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 

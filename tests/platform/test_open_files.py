@@ -121,6 +121,17 @@ def test_a_file_system_need_not_reserve_space(tmp_path: Path, monkeypatch: pytes
     os.close(descriptor)
 
 
+def deny(*paths: str) -> None:
+    """What `os.replace` does on Windows if the second path is a mapped file."""
+    error = PermissionError(errno.EACCES, "denied")
+    error.winerror = 5  # type: ignore[attr-defined]
+    raise error
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
 def test_on_windows_a_failed_replacement_keeps_the_copy_that_a_crash_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,17 +146,6 @@ def test_on_windows_a_failed_replacement_keeps_the_copy_that_a_crash_left(
     assert left.read_text() == "old"
     windows_files.replace(str(new), str(path))
     assert contents(tmp_path) == {"model": "new"}
-
-
-def deny(*paths: str) -> None:
-    """What `os.replace` does on Windows if the second path is a mapped file."""
-    error = PermissionError(errno.EACCES, "denied")
-    error.winerror = 5  # type: ignore[attr-defined]
-    raise error
-
-
-def contents(folder: Path) -> dict[str, str]:
-    return {file.name: file.read_text() for file in folder.iterdir()}
 
 
 def test_on_windows_a_mapped_file_is_moved_and_then_removed(
@@ -177,17 +177,17 @@ def test_on_windows_a_failed_replacement_moves_the_old_file_back(
 
     monkeypatch.setattr(os, "replace", deny)
     monkeypatch.setattr(os, "rename", rename_unless_new)
-    with pytest.raises(FileExistsError, match=r"cannot rename .*new"):
+    with pytest.raises(FileExistsError, match=r"cannot rename .*new$"):
         windows_files.replace(str(new), str(path))
     assert path.read_text() == (other or "old")
     assert "old" in contents(tmp_path).values()
 
 
-@pytest.mark.parametrize("moves", [0, 1])
-def test_on_windows_an_interruption_leaves_the_old_file(
+@pytest.mark.parametrize("moves", [0, 1, 2])
+def test_an_interruption_on_windows_loses_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moves: int
 ) -> None:
-    """Ctrl-C before or after the first of the two renames."""
+    """Ctrl-C before the first of the two renames, between them, or after the second."""
     new, path = tmp_path / "new", tmp_path / "model"
     new.write_text("new")
     path.write_text("old")
@@ -195,16 +195,19 @@ def test_on_windows_an_interruption_leaves_the_old_file(
 
     def interrupted(old: str, to: str) -> None:
         calls.append(old)
-        if len(calls) > 1 or moves:
+        if os.path.exists(to):  # Windows never renames to an existing file
+            raise FileExistsError(errno.EEXIST, f"cannot rename {old}")
+        if len(calls) != 1 or moves:
             rename(old, to)
-        if len(calls) == 1:
+        if len(calls) == max(moves, 1):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", deny)
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         windows_files.replace(str(new), str(path))
-    assert contents(tmp_path) == {"model": "old", "new": "new"}
+    assert path.read_text() == ("new" if moves == 2 else "old")
+    assert sorted(contents(tmp_path).values()) == ["new", "old"]
 
 
 def test_on_windows_a_replacement_removes_no_other_files(

@@ -278,7 +278,7 @@ def run_fuzzer(directory: Path, seed: int, count: int, seconds: float) -> Counte
     lm = nplora.load_model(model)
     models = Models(lm, "base")
     models.load("adapter0", paths[0])
-    limit = str(current_memory() + (1 << 30))  # earlier tests may have filled this process's memory
+    limit = str(current_memory() + (1 << 30))  # earlier tests may have left this process with much memory
     options = ServeOptions(jobs=str(directory / "jobs"), memory=limit)
     with run.running(lm, models, options) as (engine, jobs):
         assert jobs is not None

@@ -1,8 +1,10 @@
 """Exports a model, with or without an adapter, for Ollama: a directory with a GGUF file and a Modelfile."""
 
+import contextlib
+import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from nplora.formats import files, gguf, model_directory
 from nplora.formats.errors import UnsupportedError, brief
 from nplora.formats.files import NewFile, StrPath
 from nplora.formats.gguf import GgufFile
-from nplora.models.gguf_export import ModelConversion, model_to_gguf
+from nplora.models import gguf_export
 from nplora.platform.processes import command_line
 from nplora.tokenizer import go_template
 
@@ -122,26 +124,30 @@ def export_ollama(
     given = _checked(parameters)
     if system:
         _require_quotable("system", system)
+    writes_model = not _is_gguf(model) or (adapter is not None and not keep_adapter)
+    if not writes_model:
+        _require_quotable("model", str(Path(model).absolute()), is_one_line=True)
+    if not _is_gguf(model):
+        model = model_directory.of(model)
+        _check.choice(_OP, "dtype", dtype, gguf_export.DTYPES)
+        _require_tokenizer(model)
     target = Path(directory)
     files.require_directory(target)
-    with files.creating_directory(target, MODEL, ADAPTER):
-        files.require_new(target / MODELFILE, overwrite)
-        if Path(model).is_file() and not _is_gguf(model):
-            model = model_directory.of(model)
-        lines, path = list[str](), target / MODEL
-        if adapter is not None and not keep_adapter:
-            lines.append(_merged(model, adapter, path, dtype, any_base, lossy, overwrite))
-        else:
-            if adapter is not None:  # first, because this takes less time than the model
+    path = target / MODEL if writes_model else Path(model)
+    with files.creating_directory(target) as written:
+        for name in (MODELFILE, *[MODEL] * writes_model, *[ADAPTER] * keep_adapter):
+            files.require_new(target / name, overwrite)
+        lines = list[str]()
+        if adapter is not None and keep_adapter:  # first, because this takes less time than the model
+            with _noting(target / ADAPTER, written):
                 done = adapter_to_gguf(
                     adapter, target / ADAPTER, model, any_base=any_base, overwrite=overwrite
                 )
                 lines.append(str(done))
-            if _is_gguf(model):
-                path = Path(model)
-                _require_quotable("model", str(path.absolute()), is_one_line=True)
-            else:
-                lines.append(str(_with_tokenizer(model_to_gguf(model, path, dtype, overwrite))))
+        if writes_model:
+            with _noting(path, written):
+                merged = None if keep_adapter else adapter
+                lines.append(_write_model(model, merged, path, dtype, any_base, lossy, overwrite))
         is_plain = adapter is not None and trained_with_template(adapter) is False
         template, settings, lacks = _settings(gguf.open(path), is_plain, given)
         lines += lacks
@@ -154,6 +160,10 @@ def export_ollama(
         ]
         text += [f"PARAMETER {name} {_quoted(it) if name == 'stop' else it}" for name, it in settings]
         raw = "".join(f"{line}\n" for line in text).encode()
+        if os.path.lexists(target / MODELFILE):
+            written.clear()  # an error may come after the old Modelfile was replaced; the new one needs them
+        else:
+            written.append(target / MODELFILE)
         files.replace([NewFile(target / MODELFILE, len(raw), [raw])])
         kept = files.name(target / ADAPTER) if keep_adapter else None
         return OllamaExport(files.name(directory), tuple(lines), template is not None, files.name(path), kept)
@@ -175,27 +185,43 @@ def _checked(parameters: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return found
 
 
-def _merged(
-    model: StrPath, adapter: StrPath, path: Path, dtype: str, any_base: bool, lossy: bool, overwrite: bool
+def _write_model(
+    model: StrPath,
+    adapter: StrPath | None,
+    path: Path,
+    dtype: str,
+    any_base: bool,
+    lossy: bool,
+    overwrite: bool,
 ) -> str:
-    """Write a GGUF model with an adapter merged into it.
+    """Write a GGUF model, with the adapter merged into it if one is given.
 
     If `model` is a directory, the merged weights are first stored in float32. Thus each weight is rounded to
     `dtype` only once.
     """
+    if adapter is None:
+        return str(gguf_export.model_to_gguf(model, path, dtype, overwrite))
     if _is_gguf(model):
         return str(merge_adapter(model, adapter, path, dtype, any_base, overwrite, lossy))
-    files.require_new(path, overwrite)
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=path.parent) as made:
-        merge_adapter(model, adapter, Path(made, "model"), "float32", any_base)
-        return str(_with_tokenizer(model_to_gguf(Path(made, "model"), path, dtype, overwrite)))
+        merged = Path(made, "model")
+        merge_adapter(model, adapter, merged, "float32", any_base)
+        _require_tokenizer(merged)  # it may have new tokens
+        return str(gguf_export.model_to_gguf(merged, path, dtype, overwrite))
 
 
-def _with_tokenizer(done: ModelConversion) -> ModelConversion:
-    if not done.tokenizer:
-        Path(done.target).unlink(missing_ok=True)
-        raise UnsupportedError(f"{_OP}: Ollama needs the tokenizer in the GGUF file: {done.why_no_tokenizer}")
-    return done
+def _require_tokenizer(directory: Path) -> None:
+    if why_not := gguf_export.why_no_tokenizer(directory):
+        raise UnsupportedError(f"{_OP}: Ollama needs the tokenizer in the GGUF file: {why_not}")
+
+
+@contextlib.contextmanager
+def _noting(path: Path, written: list[Path]) -> Iterator[None]:
+    """Add the file that the `with` body writes to `written`, unless the file replaces an older one."""
+    is_new = not os.path.lexists(path)
+    yield
+    if is_new:
+        written.append(path)
 
 
 # ---- the Modelfile ----

@@ -351,11 +351,11 @@ def require_directory(path: StrPath) -> None:
 
 
 @contextlib.contextmanager
-def creating_directory(path: StrPath, *names: str) -> Iterator[None]:
+def creating_directory(path: StrPath) -> Iterator[list[Path]]:
     """Create the directory, unless it exists.
 
-    If the `with` body raises an error, the files `names` are removed if the body has created them. Then the
-    directory is removed if it is new and empty.
+    Yields a list, to which the `with` body adds each new file after it was written. If the body raises an
+    error, these files are removed, the last one first. Then the directory is removed if it is new and empty.
     """
     is_new = True
     try:
@@ -364,14 +364,15 @@ def creating_directory(path: StrPath, *names: str) -> Iterator[None]:
         if not os.path.isdir(path):
             raise
         is_new = False
-    missing = [file for file in map(Path(path).joinpath, names) if not os.path.lexists(file)]
+    written = list[Path]()
     try:
-        yield
+        yield written
     except BaseException:
-        with contextlib.suppress(OSError):
-            for file in missing:
-                file.unlink(missing_ok=True)
-            if is_new:
+        for file in reversed(written):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        if is_new:
+            with contextlib.suppress(OSError):
                 os.rmdir(path)
         raise
 

@@ -215,6 +215,11 @@ def _in_type(file: gguf.GgufFile, name: str, dtype: str) -> gguf.Tensor | gguf.S
     return gguf.Stream(storages.GGML_NAMES[storage], tensor.shape, chunks)
 
 
+def why_no_tokenizer(directory: StrPath) -> str:
+    """Return why `model_to_gguf` would write the model without a tokenizer; "" if it would write one."""
+    return _tokenizer(Path(directory), hf_config.read(Path(directory, CONFIG)).vocab_size)[1]
+
+
 def _tokenizer(directory: Path, vocab_size: int) -> tuple[dict[str, Any], str]:
     """Return the tokenizer's metadata and "". Without a tokenizer, return an empty dict and the reason."""
     try:

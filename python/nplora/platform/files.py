@@ -99,8 +99,8 @@ def replace_in(directory: int, old: str, new: str) -> None:
 
     Windows cannot replace a file that is mapped. So the mapped file is first renamed to a name that ends in
     ".old"; then the file `old` is renamed to `new`. If the process is killed between these two renames, no
-    file has the name `new`. The next call that succeeds removes the file that ends in ".old", unless that
-    file is still mapped.
+    file has the name `new`. The next successful call with the same `new` removes the file that ends in
+    ".old", unless that file is still mapped.
     """
     if sys.platform == "win32":
         windows_files.replace(windows_files.joined(directory, old), windows_files.joined(directory, new))

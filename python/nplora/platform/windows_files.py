@@ -98,14 +98,14 @@ def joined(directory: int | None, name: str) -> str:
 
 
 def replace(old: str, new: str) -> None:
-    replaced = _moved(new)  # a file that appears later belongs to another process
+    moved = _moved_files(new)  # a file that appears later belongs to another process
     try:
         os.replace(old, new)
     except OSError as error:
         if error.winerror not in _IN_USE or not os.path.isfile(new):
             raise
-        aside = _replaced(new, secrets.token_hex(6))
-        replaced.append(aside)
+        aside = _moved_name(new, secrets.token_hex(6))
+        moved.append(aside)
         try:
             os.rename(new, aside)
             os.rename(old, new)
@@ -115,24 +115,27 @@ def replace(old: str, new: str) -> None:
                 os.rename(aside, new)
             raise
     # Moved files are removed last: after a crash between the two renames, one of them is the only copy.
-    for path in replaced:
+    for path in moved:
         _remove(path)
 
 
-def _replaced(path: str, mark: str) -> str:
-    """Return the name to which the mapped file `path` is moved before another file takes its place."""
+def _moved_name(path: str, mark: str) -> str:
+    """Return the name to which the mapped file `path` is moved before another file takes its place.
+
+    `path` and `mark` may be patterns of `glob`.
+    """
     folder, name = os.path.split(path)
     return os.path.join(folder, f".{name}.{mark}.old")
 
 
-def _moved(path: str) -> list[str]:
+def _moved_files(path: str) -> list[str]:
     """Return the names of all files to which `path` was moved, and which still exist."""
-    return glob.glob(_replaced(glob.escape(path), _MARK))
+    return glob.glob(_moved_name(glob.escape(path), _MARK))
 
 
 def _is_being_replaced(path: str) -> bool:
     """Whether a file that did not exist a moment ago is between the two renames of `replace`, or was."""
-    return bool(_moved(path)) or os.path.exists(path)
+    return bool(_moved_files(path)) or os.path.exists(path)
 
 
 def _remove(path: str) -> None:

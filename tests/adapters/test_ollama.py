@@ -174,6 +174,15 @@ def test_an_export_that_cannot_succeed_changes_nothing(
     assert out.exists() == overwrite
 
 
+@pytest.mark.parametrize("name", ["missing", "missing.safetensors", "missing.gguf", "model.safetensors"])
+def test_the_error_names_the_missing_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")  # beside it, there is no config.json
+    with pytest.raises(FileNotFoundError) as error:
+        export_ollama(tmp_path / name, tmp_path / "out")
+    assert ("missing" if "missing" in name else "holds no config.json") in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["model.gguf", "Modelfile", "adapter.gguf"])
 def test_an_export_replaces_no_file(source: Path, tmp_path: Path, name: str) -> None:
     out = tmp_path / "out"

@@ -117,8 +117,6 @@ def export_ollama(
     """
     files.require_named(_OP, model=model, directory=directory, adapter=adapter)
     model_directory.require_no_hub_name(model)
-    if Path(model).is_dir():
-        model_directory.require_config(model)
     if keep_adapter and adapter is None:
         raise ValueError(f"{_OP}: keep_adapter needs an adapter")
     given = _checked(parameters)
@@ -128,7 +126,9 @@ def export_ollama(
     if not writes_model:
         _require_quotable("model", str(Path(model).absolute()), is_one_line=True)
     if not _is_gguf(model):
+        os.stat(model)  # raises FileNotFoundError if nothing has this name
         model = model_directory.of(model)
+        model_directory.require_config(model)
         _check.choice(_OP, "dtype", dtype, gguf_export.DTYPES)
         _require_tokenizer(model)
     target = Path(directory)

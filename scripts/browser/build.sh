@@ -30,7 +30,7 @@ fi
 step "Build tools"
 if [ ! -e "$venv/ready" ]; then
   "${PYTHON:-python3.12}" -m venv "$venv"
-  needed=$("$venv/bin/python" scripts/requirements.py build) # as an argument of pip, a failed $(...) would not stop the script
+  needed=$("$venv/bin/python" scripts/requirements.py build) # set -e ignores failures in pip's arguments
   "$venv/bin/pip" install -q $needed "cmake>=3.21" ninja wheel \
     "meson-python>=0.15" "Cython>=3.0.6,<3.1"
   touch "$venv/ready"

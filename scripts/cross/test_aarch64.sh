@@ -26,7 +26,7 @@ fi
 
 if [ ! -e "$cache/venv/ready" ]; then
   python3.13 -m venv "$cache/venv"
-  needed=$(python3.13 scripts/requirements.py build) # as an argument of pip, a failed $(...) would not stop the script
+  needed=$(python3.13 scripts/requirements.py build) # set -e ignores failures in pip's arguments
   "$cache/venv/bin/pip" install -q $needed "cmake>=3.21" ninja wheel
   touch "$cache/venv/ready"
 fi

@@ -69,20 +69,18 @@ struct CopiedStep {
   alignas(64) Bf16Pair a[kPanelColumns * kTileSide];
   alignas(64) Bf16Pair b[kTileSide * kPanelColumns];
 
-  // Copies the first end - first elements of each row of `from` to the columns [first, end) of `a`.
+  // Copies the first end - first elements of each row of `from` to the columns [first, end) of `a`, and sets
+  // the later columns to zero.
   void copy_a(size_t rows, size_t first, size_t end, const Strided<Bf16Pair>& from) {
     for (size_t i = 0; i < rows; ++i) {
-      Bf16Pair* to = a + i * kTileSide + first;
+      Bf16Pair* to = a + i * kTileSide;
       const Bf16Pair* row = from.data + i * from.row_stride;
-      if (from.step_stride == 1)  // with the loop below, Clang would scatter pairs of several rows
-        __builtin_memcpy(to, row, (end - first) * sizeof(Bf16Pair));
+      if (from.step_stride == 1)
+        Vec<Bf16Pair>::load_partial(row, end - first).store_partial(to + first, kTileSide - first);
       else
-        for (size_t k = 0; k < end - first; ++k) to[k] = row[k * from.step_stride];
+        for (size_t k = first; k < kTileSide; ++k)
+          to[k] = k < end ? row[(k - first) * from.step_stride] : Bf16Pair(0);
     }
-  }
-  void clear_a(size_t rows, size_t first) {
-    for (size_t i = 0; i < rows; ++i)
-      for (size_t k = first; k < kTileSide; ++k) a[i * kTileSide + k] = Bf16Pair(0);
   }
   void copy_b(size_t depth, size_t columns, const Bf16Pair* from, size_t stride) {
     for (size_t k = 0; k < kTileSide; ++k)
@@ -128,7 +126,6 @@ inline void output_tiles(size_t rows, size_t columns, OutputTiles p) {
     const size_t steps = smaller(p.depth, kTileSide);
     CopiedStep step;
     step.copy_a(all_rows, 0, steps, p.a);
-    step.clear_a(all_rows, steps);
     step.copy_b(steps, all_columns, p.w, p.w_stride);
     tile_step<kRows, kColumns>(step.a, kTileSide, step.b, kPanelColumns);
     advance(steps);
@@ -222,7 +219,6 @@ inline void token_tiles(size_t rows, size_t depth, const Panels<Bf16Pair>& w, co
     const size_t first = smaller(steps, kHalf);
     step.copy_a(all_rows, 0, first, at(k));
     if (first < steps) step.copy_a(all_rows, first, steps, at(k + first));
-    step.clear_a(all_rows, steps);
     step.copy_b(steps, kLanes, xt + k * kLanes, kLanes);
     tile_step<kRows, kColumns>(step.a, kTileSide, step.b, kPanelColumns);
   }

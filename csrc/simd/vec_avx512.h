@@ -94,6 +94,7 @@ struct Vec<Bf16Pair> {
   }
   static Vec pair_rows(Vec<Bf16> first, Vec<Bf16> second);
   void store(Bf16Pair* p) const { _mm512_storeu_si512(p, v); }
+  void store_partial(Bf16Pair* p, size_t n) const { _mm512_mask_storeu_epi32(p, Vec<float>::mask(n), v); }
 };
 
 template <>

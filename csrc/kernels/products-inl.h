@@ -261,7 +261,18 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
     const E* far = a + kNearRows * p.a.row_stride;
     if constexpr (kRows > kNearRows) keep(far);
     const W* w = p.w;
+    const auto prefetch = [&]() __attribute__((always_inline)) {
+      static_assert(kFetched<E, W> <= 3);
+      __builtin_prefetch(lines.at, 0, kLocality);
+      if constexpr (kFetched<E, W> > 1) __builtin_prefetch(lines.at + lines.line, 0, kLocality);
+      if constexpr (kFetched<E, W> > 2) __builtin_prefetch(lines.at + 2 * lines.line, 0, kLocality);
+      lines.at += lines.step;
+    };
+    // The prefetches come after the loads. If they came first, products of a few rows with a large W would take
+    // 1.15 times as long when compiled with Clang. If rows of `w` are paired, they come first, because GCC would
+    // otherwise keep vectors on the stack.
     const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
+      if constexpr (kRowsOf<E, W> > 1) prefetch();
       const auto load_a = [&](size_t i) __attribute__((always_inline)) {
         return Vec<E>::broadcast(i < kNearRows ? a[i * p.a.row_stride]
                                                : far[(i - kNearRows) * p.a.row_stride]);
@@ -301,13 +312,7 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
           add.template operator()<1>();
         }
       }
-      // The prefetches come after the loads. Before them, they made products of a few rows with a large W
-      // 1.15 times as slow, when Clang compiled the kernel.
-      static_assert(kFetched<E, W> <= 3);
-      __builtin_prefetch(lines.at, 0, kLocality);
-      if constexpr (kFetched<E, W> > 1) __builtin_prefetch(lines.at + lines.line, 0, kLocality);
-      if constexpr (kFetched<E, W> > 2) __builtin_prefetch(lines.at + 2 * lines.line, 0, kLocality);
-      lines.at += lines.step;
+      if constexpr (kRowsOf<E, W> == 1) prefetch();
       a += p.a.step_stride;
       far += p.a.step_stride;
       w += kRowsOf<E, W> * p.w_stride;

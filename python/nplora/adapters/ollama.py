@@ -122,15 +122,20 @@ def export_ollama(
     given = _checked(parameters)
     if system:
         _require_quotable("system", system)
-    writes_model = not _is_gguf(model) or (adapter is not None and not keep_adapter)
+    is_merged = adapter is not None and not keep_adapter
+    is_plain = adapter is not None and trained_with_template(adapter) is False
+    writes_model = is_merged or not _is_gguf(model)
     if not writes_model:
         _require_quotable("model", str(Path(model).absolute()), is_one_line=True)
-    if not _is_gguf(model):
+    if _is_gguf(model):
+        _settings(gguf.open(model), is_plain, given)  # raises an error if the tokenizer is missing
+    else:
         os.stat(model)  # raises FileNotFoundError if nothing has this name
         model = model_directory.of(model)
         model_directory.require_config(model)
         _check.choice(_OP, "dtype", dtype, gguf_export.DTYPES)
-        _require_tokenizer(model)
+        if not is_merged:  # the merged model is checked later, because it may have more tokens
+            _require_tokenizer(model)
     target = Path(directory)
     files.require_directory(target)
     path = target / MODEL if writes_model else Path(model)
@@ -148,7 +153,6 @@ def export_ollama(
             with _noting(path, written):
                 merged = None if keep_adapter else adapter
                 lines.append(_write_model(model, merged, path, dtype, any_base, lossy, overwrite))
-        is_plain = adapter is not None and trained_with_template(adapter) is False
         template, settings, lacks = _settings(gguf.open(path), is_plain, given)
         lines += lacks
         text = [f"FROM ./{MODEL}" if path == target / MODEL else f"FROM {path.absolute()}"]
@@ -160,8 +164,9 @@ def export_ollama(
         ]
         text += [f"PARAMETER {name} {_quoted(it) if name == 'stop' else it}" for name, it in settings]
         raw = "".join(f"{line}\n" for line in text).encode()
+        files.require_new(target / MODELFILE, overwrite)  # another program may have written it meanwhile
         if os.path.lexists(target / MODELFILE):
-            written.clear()  # an error may come after the old Modelfile was replaced; the new one needs them
+            written.clear()  # after an error, the new Modelfile may be in place, and it needs these files
         else:
             written.append(target / MODELFILE)
         files.replace([NewFile(target / MODELFILE, len(raw), [raw])])

@@ -185,6 +185,28 @@ def test_an_export_that_cannot_succeed_changes_nothing(
     assert out.exists() == overwrite
 
 
+def test_the_same_dtype_keeps_the_types_of_a_directory(source: Path, tmp_path: Path) -> None:
+    nplora.merge_adapter(source, tmp_path / "adapter", tmp_path / "half", "bfloat16")
+    export_ollama(tmp_path / "half", tmp_path / "out", tmp_path / "adapter", "same", any_base=True)
+    tensors = oracle.GGUFReader(tmp_path / "out" / "model.gguf").tensors
+    assert {t.tensor_type.name for t in tensors if "attn_q.weight" in t.name} == {"BF16"}
+
+
+@pytest.mark.parametrize("name", ["other.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json"])
+def test_a_file_that_is_not_the_whole_model_is_refused(source: Path, tmp_path: Path, name: str) -> None:
+    (source / name).touch()
+    with pytest.raises(ValueError, match=f"{name}', expected a GGUF file or a directory"):
+        export_ollama(source / name, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_of_the_model_stands_for_its_directory(source: Path, tmp_path: Path, name: str) -> None:
+    export_ollama(source, tmp_path / "out")
+    export_ollama(source / name, tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(tmp_path / "out")
+
+
 @pytest.mark.parametrize("name", ["missing", "missing.safetensors", "missing.gguf", "model.safetensors"])
 def test_the_error_names_the_missing_file(tmp_path: Path, name: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")  # beside it, there is no config.json

@@ -103,10 +103,12 @@ def export_ollama(
             and older versions accept adapters.
         system: the system message of the model. If the text is empty, there is no system message.
         parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
-        any_base, lossy: as in `merge_adapter`.
+        any_base, lossy: as in `merge_adapter`. If `model` is a directory, how much of the adapter is left is
+            only checked with dtype="same".
         overwrite: replace files of an earlier export in the directory.
     Raises:
-        ValueError: a parameter has an invalid name or value; or one of the reasons in `merge_adapter`.
+        ValueError: a parameter has an invalid name or value; or `model` is some other file; or one of the
+            reasons in `merge_adapter`.
         UnsupportedError: GGUF cannot hold the model's tokenizer; or one of the reasons in `adapter_to_gguf`.
         The other errors are those of `merge_adapter`, `model_to_gguf` and `adapter_to_gguf`.
 
@@ -131,7 +133,7 @@ def export_ollama(
         _settings(gguf.open(model), is_plain, given)  # raises an error if the tokenizer is missing
     else:
         os.stat(model)  # raises FileNotFoundError if nothing has this name
-        model = model_directory.of(model)
+        model = _directory_of(Path(model))
         model_directory.require_config(model)
         _check.choice(_OP, "dtype", dtype, gguf_export.DTYPES)
         if not is_merged:  # the merged model is checked later, because it may have more tokens
@@ -178,6 +180,14 @@ def _is_gguf(model: StrPath) -> bool:
     return not Path(model).is_dir() and files.suffix(model) == ".gguf"
 
 
+def _directory_of(model: Path) -> Path:
+    """The directory of a Hugging Face model. `model` may also be its file of weights or its config.json."""
+    directory = model_directory.of(model)
+    if model in (directory, directory / model_directory.CONFIG, model_directory.weights_of(directory)):
+        return directory
+    raise ValueError(f"{_OP}: model is {files.name(model)!r}, expected a GGUF file or a directory")
+
+
 def _checked(parameters: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     found = [(str(name), str(value)) for name, value in parameters]
     for name, value in found:
@@ -201,8 +211,8 @@ def _write_model(
 ) -> str:
     """Write a GGUF model, with the adapter merged into it if one is given.
 
-    If `model` is a directory, the merged weights are first stored in float32. Thus each weight is rounded to
-    `dtype` only once.
+    If `model` is a directory, a merge stores the weights in float32 first. Thus each weight is rounded to
+    `dtype` only once. With dtype="same", the merge already rounds the weights to their types.
     """
     if adapter is None:
         return str(gguf_export.model_to_gguf(model, path, dtype, overwrite))
@@ -210,7 +220,8 @@ def _write_model(
         return str(merge_adapter(model, adapter, path, dtype, any_base, overwrite, lossy))
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=path.parent) as made:
         merged = Path(made, "model")
-        merge_adapter(model, adapter, merged, "float32", any_base)
+        merged_dtype = "same" if dtype == "same" else "float32"
+        merge_adapter(model, adapter, merged, merged_dtype, any_base, lossy=lossy)
         _require_tokenizer(merged)  # it may have new tokens
         return str(gguf_export.model_to_gguf(merged, path, dtype, overwrite))
 

@@ -268,9 +268,9 @@ inline void gemm_outputs_in_lanes_fixed(size_t tiles, const OutputsInLanes<E, W>
       if constexpr (kFetched<E, W> > 2) __builtin_prefetch(lines.at + 2 * lines.line, 0, kLocality);
       lines.at += lines.step;
     };
-    // The prefetches come after the loads. If they came first, products of a few rows with a large W would
-    // take 1.15 times as long when compiled with Clang. If rows of `w` are paired, the prefetches come first,
-    // because GCC would otherwise keep vectors on the stack.
+    // A step prefetches after its loads: in the other order, products of a few rows with a large W took 1.15
+    // times as long when compiled with Clang. If rows of `w` are paired, a step prefetches before its loads:
+    // in the other order, GCC stored vectors on the stack.
     const auto step = [&](const auto& load_w) __attribute__((always_inline)) {
       if constexpr (kRowsOf<E, W> > 1) prefetch();
       const auto load_a = [&](size_t i) __attribute__((always_inline)) {

@@ -3,6 +3,7 @@
 import errno
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import systems
 from nplora import adapters, cli
 from nplora.adapters import OllamaExport, export_ollama
 from nplora.formats import files
-from nplora.formats.errors import TruncatedError
+from nplora.formats.errors import FormatError, TruncatedError
 from nplora.formats.gguf import Typed
 from small_llama import save_small_llama
 
@@ -144,13 +145,15 @@ def test_an_unusable_adapter_leaves_no_model(source: Path, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("with_template", [True, False])
 def test_a_model_with_an_unknown_tokenizer_changes_nothing(
-    model: Path, adapter: Path, tmp_path: Path
+    model: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_template: bool
 ) -> None:
+    monkeypatch.setattr(adapters.ollama, "trained_with_template", lambda path: with_template)
     export_ollama(model, tmp_path / "out", adapter)
     before = contents(tmp_path / "out")
     bare = save_small_llama(tmp_path / "bare.gguf", changes={"tokenizer.ggml.model": "unknown"})
-    with pytest.raises(ValueError, match="tokenizer"):
+    with pytest.raises(ValueError, match="the tokenizer is 'unknown'"):
         export_ollama(bare, tmp_path / "out", adapter, any_base=True, overwrite=True)
     assert contents(tmp_path / "out") == before
 
@@ -165,7 +168,12 @@ def test_a_model_with_an_unknown_tokenizer_changes_nothing(
     ],
 )
 def test_an_export_that_cannot_succeed_changes_nothing(
-    source: Path, tmp_path: Path, cause: str, error: str, overwrite: bool
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cause: str,
+    error: str,
+    overwrite: bool,
 ) -> None:
     model, out, dtype = source, tmp_path / "out", "q8_0"
     if overwrite:
@@ -179,10 +187,14 @@ def test_an_export_that_cannot_succeed_changes_nothing(
         model = tmp_path / "a\x7fb.gguf"
         nplora.model_to_gguf(source, model)
     before = contents(out) if overwrite else {}
-    with pytest.raises(ValueError, match=error):
-        export_ollama(model, out, tmp_path / "adapter", dtype, keep_adapter=True, overwrite=overwrite)
-    assert (contents(out) if out.exists() else {}) == before
-    assert out.exists() == overwrite
+    monkeypatch.setattr(adapters.ollama, "merge_adapter", None)  # too slow for a check
+    for keep_adapter in (True, False)[: 1 if cause == "name" else 2]:
+        with pytest.raises(ValueError, match=error):
+            export_ollama(
+                model, out, tmp_path / "adapter", dtype, keep_adapter=keep_adapter, overwrite=overwrite
+            )
+        assert (contents(out) if out.exists() else {}) == before
+        assert out.exists() == overwrite
 
 
 def test_the_same_dtype_keeps_the_types_of_a_directory(source: Path, tmp_path: Path) -> None:
@@ -190,6 +202,31 @@ def test_the_same_dtype_keeps_the_types_of_a_directory(source: Path, tmp_path: P
     export_ollama(tmp_path / "half", tmp_path / "out", tmp_path / "adapter", "same", any_base=True)
     tensors = oracle.GGUFReader(tmp_path / "out" / "model.gguf").tensors
     assert {t.tensor_type.name for t in tensors if "attn_q.weight" in t.name} == {"BF16"}
+
+
+@pytest.mark.parametrize("base_has_them", [False, True])
+def test_new_tokens_of_the_adapter_are_exported(source: Path, tmp_path: Path, base_has_them: bool) -> None:
+    """The base's tokenizer may already list tokens whose rows only the adapter adds."""
+    new = [f"<new {i}>" for i in range(600)]  # more than the embedding has rows without a token
+    lm = nplora.load_model(source)
+    old = lm.config.vocab_size
+    lm.add_lora(rank=2, add_tokens=new)
+    adapters.Adapter.from_model(lm).save(tmp_path / "with tokens")
+    if base_has_them:
+        shutil.copy(tmp_path / "with tokens" / "tokenizer.json", source)
+        with pytest.raises(FormatError, match=re.escape(f"{source / 'tokenizer.json'}: token '<new ")):
+            export_ollama(source, tmp_path / "out")
+        with pytest.raises(FormatError, match=re.escape(f"{source / 'tokenizer.json'}: token '<new ")):
+            export_ollama(source, tmp_path / "out", tmp_path / "adapter")
+        assert not (tmp_path / "out").exists()
+    export_ollama(source, tmp_path / "out", tmp_path / "with tokens", "float32")
+    file = oracle.GGUFReader(tmp_path / "out" / "model.gguf")
+    tokens = file.fields["tokenizer.ggml.tokens"].contents()
+    assert new == [token for token in tokens if token.startswith("<new ")]
+    embedding = next(t for t in file.tensors if t.name == "token_embd.weight").data
+    assert len(embedding) == len(tokens) > old
+    ids = [tokens.index(token) for token in new]
+    np.testing.assert_allclose(embedding[ids], lm.model.embed_tokens(ids), atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["other.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json"])
@@ -243,24 +280,30 @@ def test_a_failed_export_keeps_the_file_that_another_program_wrote(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_after_an_error_the_directory_has_all_files_or_none(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_after_an_error_the_files_of_the_modelfile_are_there(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool, is_in_place: bool
 ) -> None:
-    """The Modelfile is the last file. Its rename succeeds, and then the disk fails."""
+    """The Modelfile is the last file. The disk fails before or after its rename."""
     out, replaced = tmp_path / "out", files.replace
     if overwrite:
         export_ollama(source, out, tmp_path / "adapter")
 
     def replace(new: list[files.NewFile], **keywords: Any) -> None:
-        replaced(new, **keywords)
-        if Path(new[0].path).name == "Modelfile":
+        is_last = Path(new[0].path).name == "Modelfile"
+        if is_in_place or not is_last:
+            replaced(new, **keywords)
+        if is_last:
             raise OSError(errno.EIO, "the disk fails")
 
     monkeypatch.setattr(files, "replace", replace)
     with pytest.raises(OSError, match="the disk fails"):
         export_ollama(source, out, tmp_path / "adapter", keep_adapter=True, overwrite=overwrite)
     found = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    assert found == (["Modelfile", "adapter.gguf", "model.gguf"] if overwrite else [])
+    if is_in_place:
+        assert found == ["Modelfile", "adapter.gguf", "model.gguf"]
+    else:
+        assert found == (["Modelfile", "model.gguf"] if overwrite else [])
 
 
 def test_an_adapter_of_plain_texts_gets_a_plain_template(

@@ -15,7 +15,7 @@ def write_and_fail(folder: Path, error: BaseException) -> None:
     with files.creating_directory(folder) as written:
         for name in ("a", "b"):
             (folder / name).write_text("new")
-            written.append(folder / name)
+            written[folder / name] = os.stat(folder / name)
         raise error
 
 
@@ -32,6 +32,20 @@ def test_after_an_error_other_files_are_kept(tmp_path: Path, error: BaseExceptio
     with pytest.raises(type(error), match="stop"):
         write_and_fail(tmp_path, error)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"old": "old"}
+
+
+def test_a_file_that_another_program_replaced_is_kept(tmp_path: Path) -> None:
+    def write_and_replace() -> None:
+        with files.creating_directory(tmp_path) as written:
+            (tmp_path / "a").write_text("new")
+            written[tmp_path / "a"] = os.stat(tmp_path / "a")
+            (tmp_path / "b").write_text("of another program")
+            os.replace(tmp_path / "b", tmp_path / "a")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_and_replace()
+    assert (tmp_path / "a").read_text() == "of another program"
 
 
 def test_a_file_that_cannot_be_removed_does_not_keep_the_others(

@@ -13,7 +13,7 @@ from nplora.adapters.gguf_files import adapter_to_gguf
 from nplora.adapters.merge_files import merge_adapter
 from nplora.adapters.sources import trained_with_template
 from nplora.formats import files, gguf, model_directory
-from nplora.formats.errors import UnsupportedError, brief
+from nplora.formats.errors import FormatError, UnsupportedError, brief
 from nplora.formats.files import NewFile, StrPath
 from nplora.formats.gguf import GgufFile
 from nplora.models import gguf_export
@@ -105,7 +105,8 @@ def export_ollama(
         parameters: more parameters of Ollama as pairs (name, value), such as ("temperature", "0.7").
         any_base, lossy: as in `merge_adapter`. If `model` is a directory, how much of the adapter is left is
             only checked with dtype="same".
-        overwrite: replace files of an earlier export in the directory.
+        overwrite: replace files of an earlier export in the directory. After an error, some of them may
+            already be replaced.
     Raises:
         ValueError: a parameter has an invalid name or value; or `model` is some other file; or one of the
             reasons in `merge_adapter`.
@@ -130,14 +131,20 @@ def export_ollama(
     if not writes_model:
         _require_quotable("model", str(Path(model).absolute()), is_one_line=True)
     if _is_gguf(model):
-        _settings(gguf.open(model), is_plain, given)  # raises an error if the tokenizer is missing
+        tokenizer.from_gguf(gguf.open(model))  # raises an error if nplora cannot read the tokenizer
     else:
         os.stat(model)  # raises FileNotFoundError if nothing has this name
         model = _directory_of(Path(model))
         model_directory.require_config(model)
         _check.choice(_OP, "dtype", dtype, gguf_export.DTYPES)
-        if not is_merged:  # the merged model is checked later, because it may have more tokens
-            _require_tokenizer(model)
+        try:
+            _require_tokenizer(model, model)
+        except UnsupportedError:
+            raise
+        except FormatError:
+            # The tokenizer may list tokens whose rows only the adapter adds. _write_model checks that.
+            if not is_merged:
+                raise
     target = Path(directory)
     files.require_directory(target)
     path = target / MODEL if writes_model else Path(model)
@@ -166,12 +173,14 @@ def export_ollama(
         ]
         text += [f"PARAMETER {name} {_quoted(it) if name == 'stop' else it}" for name, it in settings]
         raw = "".join(f"{line}\n" for line in text).encode()
-        files.require_new(target / MODELFILE, overwrite)  # another program may have written it meanwhile
-        if os.path.lexists(target / MODELFILE):
-            written.clear()  # after an error, the new Modelfile may be in place, and it needs these files
-        else:
-            written.append(target / MODELFILE)
-        files.replace([NewFile(target / MODELFILE, len(raw), [raw])])
+        files.require_new(target / MODELFILE, overwrite)  # it may be newer than the first check
+        try:
+            files.replace([NewFile(target / MODELFILE, len(raw), [raw])])
+        except BaseException:
+            with contextlib.suppress(OSError):
+                if (target / MODELFILE).read_bytes() == raw:
+                    written.clear()  # the new Modelfile is in place, and it needs the other files
+            raise
         kept = files.name(target / ADAPTER) if keep_adapter else None
         return OllamaExport(files.name(directory), tuple(lines), template is not None, files.name(path), kept)
 
@@ -222,22 +231,28 @@ def _write_model(
         merged = Path(made, "model")
         merged_dtype = "same" if dtype == "same" else "float32"
         merge_adapter(model, adapter, merged, merged_dtype, any_base, lossy=lossy)
-        _require_tokenizer(merged)  # it may have new tokens
+        _require_tokenizer(merged, model)  # it may have new tokens
         return str(gguf_export.model_to_gguf(merged, path, dtype, overwrite))
 
 
-def _require_tokenizer(directory: Path) -> None:
-    if why_not := gguf_export.why_no_tokenizer(directory):
+def _require_tokenizer(directory: Path, name: StrPath) -> None:
+    """Raise an error if GGUF cannot hold the tokenizer. The message says `name` instead of `directory`."""
+    try:
+        why_not = gguf_export.why_no_tokenizer(directory)
+    except FormatError as error:
+        raise type(error)(str(error).replace(str(directory), files.name(name))) from None
+    if why_not:
+        why_not = why_not.replace(str(directory), files.name(name))
         raise UnsupportedError(f"{_OP}: Ollama needs the tokenizer in the GGUF file: {why_not}")
 
 
 @contextlib.contextmanager
-def _noting(path: Path, written: list[Path]) -> Iterator[None]:
+def _noting(path: Path, written: dict[Path, os.stat_result]) -> Iterator[None]:
     """Add the file that the `with` body writes to `written`, unless the file replaces an older one."""
     is_new = not os.path.lexists(path)
     yield
     if is_new:
-        written.append(path)
+        written[path] = os.stat(path)
 
 
 # ---- the Modelfile ----

@@ -351,11 +351,12 @@ def require_directory(path: StrPath) -> None:
 
 
 @contextlib.contextmanager
-def creating_directory(path: StrPath) -> Iterator[list[Path]]:
+def creating_directory(path: StrPath) -> Iterator[dict[Path, os.stat_result]]:
     """Create the directory, unless it exists.
 
-    Yields a list, to which the `with` body adds each new file after it was written. If the body raises an
-    error, these files are removed, the last one first. Then the directory is removed if it is new and empty.
+    Yields a dict, to which the `with` body adds each new file and its `os.stat`, after the file was written.
+    If the body raises an error, these files are removed, unless another program has replaced them. Then the
+    directory is removed if it is new and empty.
     """
     is_new = True
     try:
@@ -364,13 +365,14 @@ def creating_directory(path: StrPath) -> Iterator[list[Path]]:
         if not os.path.isdir(path):
             raise
         is_new = False
-    written = list[Path]()
+    written = dict[Path, os.stat_result]()
     try:
         yield written
     except BaseException:
-        for file in reversed(written):
+        for file, found in written.items():
             with contextlib.suppress(OSError):
-                file.unlink()
+                if os.path.samestat(os.stat(file), found):
+                    file.unlink()
         if is_new:
             with contextlib.suppress(OSError):
                 os.rmdir(path)

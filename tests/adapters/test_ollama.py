@@ -130,6 +130,22 @@ def test_without_an_adapter_the_modelfile_names_the_file(model: Path, tmp_path: 
     assert instructions(tmp_path / "out" / "Modelfile")[0] == ("FROM", str(model))
 
 
+@pytest.mark.parametrize("keep_adapter", [False, True])
+def test_a_type_for_a_file_that_is_not_copied_is_refused(
+    model: Path, adapter: Path, tmp_path: Path, keep_adapter: bool
+) -> None:
+    merged = adapter if keep_adapter else None
+    with pytest.raises(ValueError, match=r"dtype='q4_0' has no effect"):
+        export_ollama(model, tmp_path / "out", merged, "q4_0", keep_adapter=keep_adapter)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_error_names_the_missing_parent(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        export_ollama(model, tmp_path / "missing" / "out")
+    assert error.value.filename == str(tmp_path / "missing")
+
+
 def test_an_adapter_is_kept_beside_the_model(model: Path, adapter: Path, tmp_path: Path) -> None:
     export_ollama(model, tmp_path / "out", adapter, keep_adapter=True)
     found = dict(instructions(tmp_path / "out" / "Modelfile"))
@@ -175,7 +191,7 @@ def test_an_export_that_cannot_succeed_changes_nothing(
     error: str,
     overwrite: bool,
 ) -> None:
-    model, out, dtype = source, tmp_path / "out", "q8_0"
+    model, out, dtype = source, tmp_path / "out", None
     if overwrite:
         export_ollama(source, out, tmp_path / "adapter", keep_adapter=True)
         (out / "adapter.gguf").write_bytes((out / "adapter.gguf").read_bytes() + b" ")  # another adapter

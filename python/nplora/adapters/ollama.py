@@ -74,7 +74,7 @@ def export_ollama(
     model: StrPath,
     directory: StrPath,
     adapter: StrPath | None = None,
-    dtype: str = "q8_0",
+    dtype: str | None = None,
     *,
     keep_adapter: bool = False,
     system: str | None = None,
@@ -98,7 +98,8 @@ def export_ollama(
             into it, the file is not copied. The Modelfile then contains the path of this file.
         directory: the directory to write, which may exist.
         adapter: a PEFT directory or, unless `keep_adapter` is set, a llama.cpp file.
-        dtype: the storage type of the merged weights or, if `model` is a directory, of all matrices.
+        dtype: the storage type of the merged weights or, if `model` is a directory, of all matrices (default:
+            "q8_0").
         keep_adapter: write `adapter.gguf` beside the model instead of merging the adapter. Only Ollama 0.34.0
             and older versions accept adapters.
         system: the system message of the model. If the text is empty, there is no system message.
@@ -129,7 +130,10 @@ def export_ollama(
     is_plain = adapter is not None and trained_with_template(adapter) is False
     writes_model = is_merged or not _is_gguf(model)
     if not writes_model:
+        if dtype is not None:
+            raise ValueError(f"{_OP}: dtype={dtype!r} has no effect: nothing is merged into the GGUF model")
         _require_quotable("model", str(Path(model).absolute()), is_one_line=True)
+    dtype = "q8_0" if dtype is None else dtype
     if _is_gguf(model):
         tokenizer.from_gguf(gguf.open(model))  # raises an error if nplora cannot read the tokenizer
     else:
@@ -147,6 +151,7 @@ def export_ollama(
                 raise
     target = Path(directory)
     files.require_directory(target)
+    files.require_parent(target)
     path = target / MODEL if writes_model else Path(model)
     with files.creating_directory(target) as written:
         for name in (MODELFILE, *[MODEL] * writes_model, *[ADAPTER] * keep_adapter):

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "storage type of the merged weights; if MODEL is a directory, storage type of all matrices. With "
         "'same', the types do not change (default: q8_0)"
     )
-    parser.add_argument("--dtype", choices=STORAGES, default="q8_0", help=text)
+    parser.add_argument("--dtype", choices=STORAGES, help=text)
     text = "do not merge the adapter, but write it as a separate file; only for Ollama 0.34.0 and older"
     parser.add_argument("--keep-adapter", action="store_true", help=text)
     parser.add_argument("--system", metavar="TEXT", help="system message of the model")
